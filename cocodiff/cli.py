@@ -1,0 +1,131 @@
+"""The command line: `cocodiff generate` and `cocodiff doctor`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cocodiff.errors import CocodiffError, ConfigError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Diffusion transformers on many ranks.")
+
+
+def main() -> None:
+    """Entry point: errors meant for users are printed as one line, with the rank that met them."""
+    try:
+        app()
+    except CocodiffError as error:
+        rank = next((os.environ[name] for name in ("RANK", "PMI_RANK", "PALS_RANKID") if name in os.environ), None)
+        print(f"cocodiff{'' if rank is None else f' (rank {rank})'}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Option(help="What to draw.")],
+    model: Annotated[str, typer.Option(help="'tiny', a folder of a diffusers pipeline, or a hub id.")] = "tiny",
+    height: Annotated[int | None, typer.Option(help="Pixels; the model's own size if left out.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels; the model's own size if left out.")] = None,
+    steps: Annotated[int, typer.Option(min=1)] = 28,
+    seed: int = 0,
+    guidance: Annotated[float | None, typer.Option(help="guidance_scale of the pipeline's call.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Start from this picture (image to image, inpainting).")] = None,
+    mask: Annotated[Path | None, typer.Option(help="White where to paint (inpainting).")] = None,
+    out: Annotated[Path, typer.Option(help="Where rank 0 saves the picture.")] = Path("out.png"),
+    ranks: Annotated[int | None, typer.Option(min=1, help="Start so many local ranks; else join the launcher's.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; tiny runs in float32.")] = "bfloat16",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, xpu; the local accelerator if left out.")] = None,
+    exchange: str = "auto",
+    schedule: str = "v_first",
+    cluster: Annotated[str, typer.Option(help="auto, a preset's name or a JSON file.")] = "auto",
+    compare: Annotated[bool, typer.Option(help="Draw on one rank, too, and say how the pictures differ.")] = False,
+) -> None:
+    """Draw one picture on all ranks."""
+    if ranks is not None:
+        raise SystemExit(_start_ranks(ranks))
+    from cocodiff.wrap import wrap
+
+    call: dict[str, Any] = dict(prompt=prompt, height=height, width=width, num_inference_steps=steps, output_type="np")
+    if guidance is not None:
+        call["guidance_scale"] = guidance
+    for name, path in (("image", image), ("mask_image", mask)):
+        if path is not None:
+            call[name] = _open_image(path)
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out {out}: there is no folder {out.parent}.")
+    pipe = _load(model, dtype, "inpaint" if mask else "img2img" if image else "text2image")
+    alone = _draw(pipe, call, seed) if compare and os.environ.get("RANK", "0") == "0" else None
+    wrap(pipe, device=device, exchange=exchange, schedule=schedule, cluster=cluster)
+    picture = _draw(pipe, call, seed)
+    if not pipe.cocodiff.is_main:
+        return
+    pipe.image_processor.numpy_to_pil(picture)[0].save(out)
+    print(f"{out}: {prompt!r} drawn by {pipe.cocodiff.world_size} rank(s) on {pipe.cocodiff.device.type}")
+    if alone is not None:
+        worst = float(abs(picture - alone).max())
+        relative = float(((picture - alone) ** 2).sum() ** 0.5 / (alone**2).sum() ** 0.5)
+        print(f"against one rank: largest difference of a pixel {worst:.1e} (of 1.0), relative error {relative:.1e}")
+
+
+@app.command()
+def doctor(json: Annotated[bool, typer.Option("--json", help="Machine readable.")] = False) -> None:
+    """Say what is installed, what was detected, and why. Under a launcher, for the whole run."""
+    from cocodiff.doctor import diagnose, render
+
+    findings, is_main = diagnose()
+    if is_main:
+        print(render(findings, as_json=json))
+
+
+def _start_ranks(ranks: int) -> int:
+    """This very command on local ranks of torchrun, which ends all of them when one fails."""
+    arguments = sys.argv[1:]
+    position = next(i for i, argument in enumerate(arguments) if argument.split("=")[0] == "--ranks")
+    del arguments[position : position + (1 if "=" in arguments[position] else 2)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)), **os.environ}
+    return subprocess.run([*launcher, "-m", "cocodiff.cli", *arguments], env=environment).returncode
+
+
+def _open_image(path: Path) -> Any:
+    from PIL import Image
+
+    if not path.is_file():
+        raise ConfigError(f"there is no picture {path}.")
+    return Image.open(path).convert("RGB")
+
+
+def _load(model: str, dtype: str, task: str) -> Any:
+    """The tiny pipeline, or whatever diffusers pipeline `model` names."""
+    import torch
+
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ConfigError(f"--dtype {dtype} is not one of float32, bfloat16, float16.")
+    if model == "tiny":
+        from cocodiff.tiny import tiny_pipeline
+
+        return tiny_pipeline(task=task)
+    if not Path(model).exists() and (model.count("/") != 1 or model[0] in "./~"):
+        raise ConfigError(f"--model {model}: there is no such folder, and it is not a hub id (owner/name) either.")
+    import diffusers
+
+    if task == "text2image":
+        return diffusers.DiffusionPipeline.from_pretrained(model, torch_dtype=getattr(torch, dtype))
+    auto = diffusers.AutoPipelineForInpainting if task == "inpaint" else diffusers.AutoPipelineForImage2Image
+    return auto.from_pretrained(model, torch_dtype=getattr(torch, dtype))
+
+
+def _draw(pipe: Any, call: dict[str, Any], seed: int) -> Any:
+    """Pixels (H, W, 3) in [0, 1] as a batch of one, from noise that depends on the seed alone."""
+    import torch
+
+    return pipe(**call, generator=torch.Generator().manual_seed(seed)).images
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""What a user may choose, checked as it is made."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields
+
+from cocodiff.errors import ConfigError
+from cocodiff.topology import Cluster
+
+CHOICES = {"exchange": ("auto", "flat", "staged"), "schedule": ("v_first", "sequential")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Settings of one wrapped pipeline; every field has a good default and is the same on all ranks.
+
+    Args:
+        exchange: `"flat"` (one all-to-all), `"staged"` (one per level of the cluster) or `"auto"`: whichever the
+            cluster's figures predict to be faster for the size of each message.
+        schedule: `"v_first"` (every exchange starts as soon as its tensor exists and hides under the work that
+            follows) or `"sequential"` (the textbook order; same result, for comparison and debugging).
+        cluster: `"auto"` (which ranks share a node, from the launcher), a preset's name, a path to JSON, or a
+            `cocodiff.Cluster`.
+        ulysses_degree: ranks that share one sequence. None means all ranks; nothing else is possible yet.
+
+    >>> Config(exchange="staged").schedule
+    'v_first'
+    """
+
+    exchange: str = "auto"
+    schedule: str = "v_first"
+    cluster: str | os.PathLike[str] | Cluster = "auto"
+    ulysses_degree: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}.")
+        if not isinstance(self.cluster, str | os.PathLike | Cluster):
+            raise ConfigError(f"cluster={self.cluster!r} is neither a name, a path nor a cocodiff.Cluster.")
+        degree = self.ulysses_degree
+        if degree is not None and (not isinstance(degree, int) or isinstance(degree, bool) or degree < 1):
+            raise ConfigError(f"ulysses_degree={degree!r} is not a positive whole number.")
+
+    @classmethod
+    def of(cls, config: Config | None, settings: dict[str, object]) -> Config:
+        """The config given, or one made of keywords; never both."""
+        names = [field.name for field in fields(cls)]
+        unknown = sorted(set(settings) - set(names))
+        if unknown:
+            raise ConfigError(f"unknown settings {', '.join(unknown)}; there are {', '.join(names)}.")
+        if config is None:
+            return cls(**settings)  # type: ignore[arg-type]
+        if settings:
+            raise ConfigError(f"config= and {', '.join(sorted(settings))}= were both given; put them into the Config.")
+        if not isinstance(config, Config):
+            raise ConfigError(f"config={config!r} is not a cocodiff.Config.")
+        return config

@@ -1,0 +1,106 @@
+"""What `cocodiff doctor` finds: versions, devices, backends, launcher, cluster, and why."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cocodiff.launch.job import start_job
+from cocodiff.models import FAMILIES
+from cocodiff.topology import load_cluster
+
+PACKAGES = ("cocodiff", "torch", "diffusers", "transformers", "accelerate", "safetensors", "einops", "mpi4py", "mpich")
+
+
+def diagnose() -> tuple[dict[str, Any], bool]:
+    """Findings as JSON values, and whether this rank should print them. Collective under a launcher."""
+    job = start_job(None)
+    cluster, reason = load_cluster("auto", job.hosts, job.device.type)
+    findings = {
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "device": {"type": job.device.type, "count": _device_count(job.device), "name": _device_name(job.device)},
+        "threads": torch.get_num_threads(),
+        "backends": [name for name in ("gloo", "nccl", "xccl", "mpi") if _has_backend(name)],
+        "launcher": {
+            "name": job.launcher,
+            "ranks": job.world_size,
+            "hosts": {host: job.hosts.count(host) for host in dict.fromkeys(job.hosts)},
+            "backend": job.backend,
+            "backend_reason": job.backend_reason,
+        },
+        "cluster": {
+            "reason": reason,
+            "levels": [
+                {
+                    "name": level.name,
+                    "size": level.size,
+                    "bandwidth_gbs": level.bandwidth_gbs,
+                    "latency_us": level.latency_us,
+                    "slow": slow,
+                }
+                for level, slow in zip(cluster.levels, cluster.slow, strict=True)
+            ],
+            "figures": "assumed, not measured",
+        },
+        "pipelines": [name for family in FAMILIES for name in family.pipelines],
+        "warnings": _warnings(job.world_size, job.device),
+    }
+    return findings, job.is_main
+
+
+def render(findings: dict[str, Any], *, as_json: bool) -> str:
+    """JSON, or the same as an indented list."""
+    if as_json:
+        return json.dumps(findings, indent=2)
+    lines: list[str] = []
+
+    def add(value: Any, depth: int) -> None:
+        for name, item in value.items():
+            if isinstance(item, dict):
+                lines.append(f"{'  ' * depth}{name}")
+                add(item, depth + 1)
+            elif isinstance(item, list) and item and isinstance(item[0], dict):
+                lines.append(f"{'  ' * depth}{name}")
+                lines.extend("  " * (depth + 1) + ", ".join(f"{k} {v}" for k, v in part.items()) for part in item)
+            else:
+                text = ", ".join(map(str, item)) if isinstance(item, list) else item
+                lines.append(f"{'  ' * depth}{name:<{max(1, 24 - 2 * depth)}} {text if text not in ('', None) else '-'}")
+
+    add(findings, 0)
+    return "\n".join(lines)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _has_backend(name: str) -> bool:
+    return dist.is_available() and bool(getattr(dist, f"is_{name}_available", lambda: False)())
+
+
+def _device_count(device: torch.device) -> int:
+    return 1 if device.type == "cpu" else torch.get_device_module(device).device_count()
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cpu":
+        return platform.processor() or platform.machine()
+    return torch.get_device_module(device).get_device_name(device)
+
+
+def _warnings(world_size: int, device: torch.device) -> list[str]:
+    found = []
+    if device.type == "cpu" and world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        found.append("several CPU ranks without OMP_NUM_THREADS: they will compete for cores")
+    if _version("mpi4py") is None:
+        found.append("mpi4py is missing: under mpiexec set MASTER_ADDR and MASTER_PORT, or pip install 'cocodiff[mpi]'")
+    return found

@@ -1,0 +1,99 @@
+"""The one object a wrapped pipeline's parts share: config, mesh, lanes, exchanges and the shards of the current run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+
+from cocodiff.config import Config
+from cocodiff.errors import ConfigError, PatchError
+from cocodiff.exchange import Exchange, FlatExchange, Layout, StagedExchange, gather_rows, split_sizes
+from cocodiff.lanes import make_lane
+from cocodiff.mesh import Mesh
+from cocodiff.timeline import Timeline
+from cocodiff.tokens import Tokens
+
+MAX_PIECES = 4
+LATENCIES_PER_PIECE = 20  # a piece of the output's exchange takes at least this many times its latency
+
+
+class Engine:
+    """Config, mesh, lanes and exchanges of one wrapped pipeline on this rank (more than one rank).
+
+    Args:
+        timeline: records every span of lanes and compute when given.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, device: torch.device, timeline: Timeline | None = None) -> None:
+        self.config, self.mesh, self.device, self.timeline = config, mesh, device, timeline
+        levels = mesh.cluster.levels
+        active = list(mesh.level_groups)
+        self._lanes = {level: make_lane(levels[level].name, device, timeline) for level in active}
+        self._outer_lane = self._lanes[active[-1]]
+        self.flat: Exchange = FlatExchange(mesh.flat_group, self._outer_lane)
+        self.staged: Exchange = StagedExchange(mesh.cluster.sizes, mesh.rank, mesh.level_groups, self._lanes)
+        self._tokens: Tokens | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.mesh.rank
+
+    @property
+    def tokens(self) -> Tokens:
+        """Shards of the forward that is running."""
+        if self._tokens is None:
+            raise PatchError(
+                "attention ran outside the wrapped transformer's forward: something replaced `transformer.forward` "
+                "after cocodiff.wrap (removing hooks that were added before it does). Call cocodiff.unwrap(pipe) and "
+                "cocodiff.wrap(pipe) again, last."
+            )
+        return self._tokens
+
+    @contextmanager
+    def sharded(self, tokens: Tokens) -> Iterator[None]:
+        """While inside, the transformer's inputs are this rank's shards of `tokens`."""
+        self._tokens = tokens
+        try:
+            yield
+        finally:
+            self._tokens = None
+
+    def layout(self, num_heads: int) -> Layout:
+        """Tokens and heads of every rank for one attention layer of the running forward."""
+        return Layout(self.tokens.joint, split_sizes(num_heads, self.mesh.world_size))
+
+    def check_heads(self, num_heads: int) -> None:
+        """ConfigError unless every rank gets at least one of so many heads."""
+        ranks = self.mesh.world_size
+        if num_heads < ranks:
+            raise ConfigError(
+                f"{num_heads} attention heads cannot be shared among {ranks} ranks: every rank needs one. "
+                f"Start at most {num_heads} ranks."
+            )
+
+    def plan(self, layout: Layout, bytes_per_token: int) -> tuple[Exchange, int]:
+        """The exchange for messages of this layer, and into how many pieces of rows its output is cut.
+
+        Decided from the layout and the cluster alone, so identically on all ranks. `bytes_per_token` counts all heads.
+        """
+        cluster = self.mesh.cluster
+        bytes_per_rank = sum(layout.seq_lens) / self.mesh.world_size * bytes_per_token
+        flat, staged = cluster.flat_seconds(bytes_per_rank), cluster.staged_seconds(bytes_per_rank)
+        choice = self.config.exchange
+        if choice == "auto":
+            choice = "staged" if staged < flat else "flat"
+        exchange, seconds = (self.staged, staged) if choice == "staged" else (self.flat, flat)
+        latency = cluster.staged_seconds(0) if choice == "staged" else cluster.flat_seconds(0)
+        pieces = MAX_PIECES if latency == 0 else int(seconds / (LATENCIES_PER_PIECE * latency))
+        return exchange, max(1, min(pieces, MAX_PIECES, *layout.seq_lens))
+
+    def gather(self, x: Tensor, stream: str) -> Tensor:
+        """`(B, S_local, C)` shards of a stream -> the whole `(B, S, C)` on every rank."""
+        return gather_rows(x, self.tokens.streams[stream], self.mesh.flat_group, self._outer_lane)
+
+    def span(self, label: str) -> AbstractContextManager[None]:
+        """Names a stretch of compute in the timeline, if one is kept."""
+        return nullcontext() if self.timeline is None else self.timeline.span("compute", label)

@@ -1,0 +1,18 @@
+"""Sequence shards <-> head shards over a group of ranks: exact, with uneven tokens and heads."""
+
+from cocodiff.exchange.flat import FlatExchange
+from cocodiff.exchange.layout import Layout, split_sizes
+from cocodiff.exchange.staged import StagedExchange
+from cocodiff.exchange.ulysses import Exchange, Pending, gather_rows, to_heads, to_sequence
+
+__all__ = [
+    "Exchange",
+    "FlatExchange",
+    "Layout",
+    "Pending",
+    "StagedExchange",
+    "gather_rows",
+    "split_sizes",
+    "to_heads",
+    "to_sequence",
+]

@@ -1,0 +1,73 @@
+"""The two directions of Ulysses (arXiv 2309.14509) and the gather at the end, in terms of any exchange.
+
+Legend: B batch, S sequence, H heads, D head_dim; `_local` sizes belong to this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cocodiff.exchange.layout import Layout, Traffic, to_heads_traffic, to_sequence_traffic
+from cocodiff.kernels import pack_heads, pack_rows, unpack_heads, unpack_rows
+from cocodiff.lanes import Lane, Ticket
+
+
+class Exchange(Protocol):
+    """Moves blocks between ranks; `flat` and `staged` deliver the same elements along different paths."""
+
+    name: str
+    order: tuple[int, ...]
+
+    def start(self, send: Tensor, traffic: Traffic, label: str) -> Ticket: ...
+
+
+class Pending:
+    """An exchange in flight: `wait` gives the tensor on this side, in the layout that its user wants."""
+
+    def __init__(self, ticket: Ticket, unpack: Callable[[Tensor], Tensor]) -> None:
+        self._ticket, self._unpack = ticket, unpack
+
+    def wait(self) -> Tensor:
+        return self._unpack(self._ticket.wait())
+
+
+def to_heads(exchange: Exchange, x: Tensor, layout: Layout, rank: int, label: str) -> Pending:
+    """Start `(B, S_local, H, D)` -> `(B, S, H_local, D)`: all tokens, in rank order, of this rank's heads."""
+    batch, seq_len_local, _, head_dim = x.shape
+    assert seq_len_local == layout.seq_lens[rank], (x.shape, layout, rank)
+    send = pack_heads(x, layout.num_heads, exchange.order)
+    ticket = exchange.start(send, to_heads_traffic(layout, batch, head_dim), label)
+    return Pending(ticket, lambda buffer: unpack_heads(buffer, batch, layout.num_heads[rank], head_dim))
+
+
+def to_sequence(exchange: Exchange, x: Tensor, layout: Layout, rank: int, label: str) -> Pending:
+    """Start `(B, S, H_local, D)` -> `(B, S_local, H * D)`: all heads of this rank's tokens, joined."""
+    batch, seq_len, num_heads_local, head_dim = x.shape
+    assert (seq_len, num_heads_local) == (sum(layout.seq_lens), layout.num_heads[rank]), (x.shape, layout, rank)
+    send = pack_rows(x, layout.seq_lens, exchange.order)
+    ticket = exchange.start(send, to_sequence_traffic(layout, batch, head_dim), label)
+    return Pending(ticket, lambda buffer: unpack_rows(buffer, batch, layout.num_heads, head_dim))
+
+
+def gather_rows(x: Tensor, seq_lens: tuple[int, ...], group: dist.ProcessGroup, lane: Lane) -> Tensor:
+    """`(B, S_local, C)` of every rank -> `(B, S, C)` on every rank, tokens in rank order.
+
+    Ragged shards travel padded to the longest (they differ by a token): one collective that every backend has.
+    """
+    longest = max(seq_lens)
+    batch, seq_len_local, channels = x.shape
+    padded = x.new_zeros(longest, batch, channels)
+    padded[:seq_len_local] = x.transpose(0, 1)
+
+    def all_gather(send: Tensor) -> Tensor:
+        out = send.new_empty(len(seq_lens) * longest, batch, channels)
+        dist.all_gather(list(out.chunk(len(seq_lens))), send, group=group)
+        return out
+
+    gathered = lane.submit(all_gather, padded, "gather").wait().view(len(seq_lens), longest, batch, channels)
+    return torch.cat([part[:length] for part, length in zip(gathered, seq_lens, strict=True)]).transpose(0, 1)

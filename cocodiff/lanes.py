@@ -1,0 +1,134 @@
+"""WHEN work runs: ordered side lanes, one per link level. The only file that names streams or threads.
+
+A lane runs what is submitted to it strictly in order, beside the compute that goes on meanwhile. The rules that keep
+it correct, for every kind of lane: the lane waits for the producer of its input, the consumer waits for the lane
+(`Ticket.wait`), and tensors in use stay alive until that wait.
+
+Lanes of CPU tensors are worker threads, those of accelerators are streams. Ranks submit in the same program order,
+so the collectives on a lane meet in the same order everywhere; each lane has process groups of its own.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from cocodiff.timeline import Timeline
+
+
+class Ticket(Protocol):
+    """A result that a lane will deliver."""
+
+    def wait(self) -> Tensor:
+        """The result, safe to use by the caller from here on. Errors of the lane's work are raised here."""
+
+
+class Lane(Protocol):
+    """An ordered queue of work beside the compute."""
+
+    name: str
+
+    def submit(self, work: Callable[[Tensor], Tensor], source: Tensor | Ticket, label: str) -> Ticket:
+        """Run `work(source)` after all that was submitted here before, and after `source` has been produced.
+
+        `source` is a tensor of the caller's own, or the ticket of another lane: that is how the stages of a staged
+        exchange follow each other without the caller's help. `label` names the work in a timeline.
+        """
+
+
+class ThreadLane:
+    """A lane of CPU tensors: one daemon thread, so that communication and compute share the cores for real.
+
+    >>> lane = ThreadLane("doubling", None)
+    >>> lane.submit(lambda x: 2 * x, torch.ones(1), "twice").wait().item()
+    2.0
+    """
+
+    def __init__(self, name: str, timeline: Timeline | None) -> None:
+        self.name = name
+        self.timeline = timeline
+        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name=f"cocodiff lane {name}", daemon=True).start()
+
+    def submit(self, work: Callable[[Tensor], Tensor], source: Tensor | Ticket, label: str) -> ThreadTicket:
+        promise: Future[Tensor] = Future()
+        inference = torch.is_inference_mode_enabled()  # modes are per thread: ours must match the caller's
+
+        def job() -> None:
+            try:
+                tensor = source if isinstance(source, Tensor) else source.wait()
+                with torch.inference_mode(inference), torch.set_grad_enabled(False):
+                    if self.timeline is None:
+                        result = work(tensor)
+                    else:
+                        with self.timeline.span(self.name, label):
+                            result = work(tensor)
+                promise.set_result(result)
+            except BaseException as error:  # delivered to whoever waits, never lost in a thread
+                promise.set_exception(error)
+
+        self._jobs.put(job)
+        return ThreadTicket(promise)
+
+    def _run(self) -> None:
+        while True:
+            self._jobs.get()()
+
+
+class ThreadTicket:
+    def __init__(self, promise: Future[Tensor]) -> None:
+        self._promise = promise
+
+    def wait(self) -> Tensor:
+        return self._promise.result()
+
+
+class StreamLane:
+    """A lane of accelerator tensors: one side stream, ordered by events; the host never blocks.
+
+    Memory: the result is allocated on the side stream. The allocator may hand it out again to this lane once the
+    consumer has dropped it, perhaps while the consumer's kernels still read it. That is safe here because every
+    `submit` makes the lane wait for all compute issued so far *before* its work allocates anything.
+    """
+
+    def __init__(self, name: str, device: torch.device, timeline: Timeline | None) -> None:
+        self.name = name
+        self.timeline = timeline
+        self._api = torch.get_device_module(device)
+        self._device = device
+        self._stream = self._api.Stream(device=device)
+
+    def submit(self, work: Callable[[Tensor], Tensor], source: Tensor | Ticket, label: str) -> StreamTicket:
+        self._stream.wait_stream(self._api.current_stream(self._device))
+        with self._api.stream(self._stream):
+            tensor = source if isinstance(source, Tensor) else source.wait()
+            if self.timeline is None:
+                result = work(tensor)
+            else:
+                with self.timeline.span(self.name, label):
+                    result = work(tensor)
+            done = self._stream.record_event()
+        return StreamTicket(self._api, self._device, done, result, keep=(tensor, source))
+
+
+class StreamTicket:
+    def __init__(self, api: object, device: torch.device, done: object, result: Tensor, keep: tuple) -> None:
+        self._api, self._device, self._done, self._result = api, device, done, result
+        self._keep: tuple | None = keep  # the lane reads these; they may not be freed before the caller waits
+
+    def wait(self) -> Tensor:
+        # Called under the consumer's stream: the compute stream, or the next lane's.
+        self._api.current_stream(self._device).wait_event(self._done)  # type: ignore[attr-defined]
+        self._keep = None
+        return self._result
+
+
+def make_lane(name: str, device: torch.device, timeline: Timeline | None) -> Lane:
+    """A lane for tensors of `device`: a stream on accelerators, a thread on the CPU."""
+    return ThreadLane(name, timeline) if device.type == "cpu" else StreamLane(name, device, timeline)

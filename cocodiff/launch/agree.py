@@ -1,0 +1,101 @@
+"""What all ranks must have in common is compared before anything runs: JSON and digests, never pickles."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cocodiff.errors import MismatchError
+
+
+def gather_json(value: Any, group: dist.ProcessGroup) -> list[Any]:
+    """Every rank's JSON value, in rank order. `group` is a gloo group."""
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(group.size())]
+    dist.all_gather(sizes, torch.tensor([data.numel()]), group=group)
+    longest = int(max(sizes))
+    buffers = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
+    padded = torch.zeros(longest, dtype=torch.uint8)
+    padded[: data.numel()] = data
+    dist.all_gather(buffers, padded, group=group)
+    return [json.loads(bytes(b[: int(n)].tolist())) for b, n in zip(buffers, sizes, strict=True)]
+
+
+def agree(fields: Mapping[str, Any], group: dist.ProcessGroup, what: str) -> None:
+    """Raise the same MismatchError on every rank unless all ranks gave equal `fields`.
+
+    Values may be numbers, strings, tensors, arrays, pictures, generators (their state counts) and containers of
+    these; of anything else only the type is compared.
+    """
+    everyone = gather_json({name: _describe(value) for name, value in fields.items()}, group)
+    names = dict.fromkeys(name for given in everyone for name in given)
+    complaints = []
+    for name in names:
+        ranks_by_value: dict[tuple[str, str], list[int]] = {}
+        for rank, given in enumerate(everyone):
+            ranks_by_value.setdefault(tuple(given.get(name, ("", "not given"))), []).append(rank)
+        if len(ranks_by_value) > 1:
+            said = "; ".join(
+                f"{text} on rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+                for (_, text), ranks in ranks_by_value.items()
+            )
+            complaints.append(f"{name}: {said}")
+    if complaints:
+        raise MismatchError(f"{what} differs between ranks. " + ". ".join(complaints) + ". Give every rank the same.")
+
+
+def _describe(value: Any) -> tuple[str, str]:
+    """A digest that decides, and a few words for people."""
+    digest = hashlib.sha256()
+    _feed(digest, value)
+    key = digest.hexdigest()
+    if isinstance(value, torch.Generator):
+        return key, f"generator with seed {value.initial_seed()} (state {key[:6]})"
+    if isinstance(value, torch.Tensor):
+        return key, f"tensor {tuple(value.shape)} {str(value.dtype)[6:]} ({key[:6]})"
+    if value is None or isinstance(value, str | int | float | bool):
+        text = repr(value)
+        return key, text if len(text) <= 60 else f"{text[:57]}... ({key[:6]})"
+    return key, f"{type(value).__name__} ({key[:6]})"
+
+
+def _feed(digest: Any, value: Any) -> None:
+    if isinstance(value, torch.Generator):
+        _feed(digest, value.get_state())
+    elif isinstance(value, torch.Tensor):
+        digest.update(f"tensor{value.dtype}{tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, Mapping):
+        digest.update(f"map{len(value)}".encode())
+        for name in value:
+            digest.update(str(name).encode())
+            _feed(digest, value[name])
+    elif isinstance(value, list | tuple | set | frozenset):
+        digest.update(f"list{len(value)}".encode())
+        for item in sorted(value, key=repr) if isinstance(value, set | frozenset) else value:
+            _feed(digest, item)
+    elif value is None or isinstance(value, str | bytes | int | float | complex | bool):
+        digest.update(f"{type(value).__name__}:{value!r};".encode())
+    elif hasattr(value, "tobytes"):  # NumPy arrays and PIL pictures
+        digest.update(f"{type(value).__name__}{getattr(value, 'shape', getattr(value, 'size', ''))}".encode())
+        digest.update(f"{getattr(value, 'dtype', getattr(value, 'mode', ''))}".encode())
+        digest.update(value.tobytes())
+    else:
+        digest.update(type(value).__qualname__.encode())
+
+
+def share_random_state(device: torch.device, group: dist.ProcessGroup) -> None:
+    """Rank 0's random state (CPU and accelerator) for all ranks: the same noise, also without a generator."""
+    state = torch.get_rng_state()
+    dist.broadcast(state, group=group, group_src=0)
+    torch.set_rng_state(state)
+    if device.type != "cpu":
+        api = torch.get_device_module(device)
+        state = api.get_rng_state(device)
+        dist.broadcast(state, group=group, group_src=0)
+        api.set_rng_state(state, device)

@@ -1,0 +1,154 @@
+"""Where the ranks of a run first meet: a key-value store on rank 0 that every rank can reach.
+
+Its address comes from MASTER_ADDR and MASTER_PORT, else over MPI. MPI carries plain buffers only: nothing is
+pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from cocodiff.errors import LaunchError
+from cocodiff.launch.ranks import Ranks
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+_CURE = (
+    'pip install "cocodiff[mpi]", or set MASTER_ADDR and MASTER_PORT to an address and a free port of rank 0'
+)
+# By the time MPI has told the address every rank is running, so that a connection is quick or never.
+_CONNECT_SECONDS = 60.0
+_ADDRESS_BYTES = 256
+
+
+def open_store(ranks: Ranks, timeout_seconds: float) -> dist.Store:
+    """A store that all ranks share. Collective; raises `LaunchError` with the cure."""
+    import torch.distributed as dist
+
+    if ranks.world_size == 1:
+        return dist.HashStore()
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if address and port:
+        timeout = timedelta(seconds=timeout_seconds)
+        try:
+            # torch's own reading of these two, because under torchrun the store is the agent's, not rank 0's.
+            return next(iter(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=timeout)))[0]
+        except (RuntimeError, ValueError) as error:
+            raise LaunchError(
+                f"rank {ranks.rank} of {ranks.world_size} cannot meet the others at MASTER_ADDR={address} "
+                f"MASTER_PORT={port} ({error}): the address must be rank 0's, reachable from here, and the "
+                "port free there"
+            ) from error
+    if ranks.launcher == "torchrun":
+        raise LaunchError(
+            f"RANK={ranks.rank} and WORLD_SIZE={ranks.world_size} are set but MASTER_ADDR and MASTER_PORT "
+            "are not: set them to an address and a free port of rank 0, or start with torchrun"
+        )
+    return _open_store_by_mpi(ranks, timeout_seconds, address)
+
+
+def _open_store_by_mpi(ranks: Ranks, timeout_seconds: float, address: str | None) -> dist.Store:
+    comm = _world_communicator(ranks)
+    own_host = _host_digest()
+    hosts = bytearray(len(own_host) * ranks.world_size)
+    comm.Allgather(own_host, hosts)
+    if bytes(hosts) == own_host * ranks.world_size:
+        address = "127.0.0.1"
+    message = bytearray(2 + _ADDRESS_BYTES)
+    store = None
+    failure: Exception | None = None
+    if ranks.rank == 0:
+        try:
+            # The port is bound before anyone hears of it, so that nobody takes it in between.
+            store = _tcp_store("127.0.0.1", 0, ranks)
+            message[:2] = store.port.to_bytes(2, "big")
+            text = (address or _own_address()).encode()[:_ADDRESS_BYTES]
+            message[2 : 2 + len(text)] = text
+        except Exception as error:  # the others wait for the broadcast: tell them with port 0, then raise
+            message[:2] = bytes(2)
+            failure = error
+    comm.Bcast(message, root=0)
+    port, address = int.from_bytes(message[:2], "big"), message[2:].rstrip(b"\0").decode()
+    if port == 0:
+        raise LaunchError(
+            f"rank 0 could not open a store for the others ({failure or 'see its output'}): {_CURE}"
+        )
+    if store is None:
+        try:
+            store = _tcp_store(address, port, ranks)
+        except RuntimeError as error:
+            raise LaunchError(
+                f"rank {ranks.rank} cannot reach rank 0 at {address}:{port} ({error}): set MASTER_ADDR to an "
+                "address of rank 0's host that the other hosts reach"
+            ) from error
+    store.set_timeout(timedelta(seconds=timeout_seconds))
+    return store
+
+
+def _world_communicator(ranks: Ranks) -> Any:
+    """MPI's world, after checking that the launcher and the library mean the same ranks."""
+    try:
+        from mpi4py import MPI
+    except Exception as error:  # a missing package, or one whose MPI library does not load
+        raise LaunchError(
+            f"rank {ranks.rank} of {ranks.world_size} needs mpi4py to find the others, which cannot be "
+            f"imported ({type(error).__name__}: {error}): {_CURE}"
+        ) from error
+    comm = MPI.COMM_WORLD
+    rank, size = comm.Get_rank(), comm.Get_size()
+    if (rank, size) != (ranks.rank, ranks.world_size):
+        library = MPI.Get_library_version().splitlines()[0].strip(" \0")
+        raise LaunchError(
+            f"the launcher ({ranks.launcher}) started {ranks.world_size} ranks and calls this one "
+            f"{ranks.rank}, but MPI library {library} sees {rank} of {size}: mpiexec and mpi4py belong to "
+            "different MPIs; build mpi4py against the launcher's MPI (pip install --no-binary mpi4py "
+            "mpi4py), use the mpiexec that belongs to mpi4py's, or set MASTER_ADDR and MASTER_PORT"
+        )
+    return comm
+
+
+def _tcp_store(address: str, port: int, ranks: Ranks) -> dist.TCPStore:
+    import torch.distributed as dist
+
+    return dist.TCPStore(
+        address,
+        port,
+        ranks.world_size,
+        is_master=ranks.rank == 0,
+        timeout=timedelta(seconds=_CONNECT_SECONDS),
+        wait_for_workers=False,
+    )
+
+
+def _host_digest() -> bytes:
+    """Equal on ranks that share a loopback address: same host name, same network namespace."""
+    try:
+        namespace = os.readlink("/proc/self/ns/net")
+    except OSError:
+        namespace = ""
+    return hashlib.sha256(f"{socket.gethostname()} {namespace}".encode()).digest()
+
+
+def _own_address() -> str:
+    """An address of this host that others may reach: its name's, else that of its default route, else its "
+    "name."""
+    name = socket.gethostname()
+    try:
+        address = socket.gethostbyname(name)
+        with socket.socket() as probe:
+            probe.bind((address, 0))  # a name can resolve to an address that is not this namespace's
+        if not address.startswith("127."):
+            return address
+    except OSError:
+        pass
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect(("192.0.2.1", 9))  # sends nothing; TEST-NET-1 is nobody's
+            return str(probe.getsockname()[0])
+    except OSError:
+        return name

@@ -1,0 +1,21 @@
+"""Model families: one short file each, found by the pipeline's class name."""
+
+from __future__ import annotations
+
+from cocodiff.errors import ConfigError
+from cocodiff.models.family import Family
+from cocodiff.models.flux import FLUX
+
+__all__ = ["FAMILIES", "Family", "family_of"]
+
+FAMILIES = (FLUX,)
+
+
+def family_of(pipeline_class: type) -> Family:
+    """The family that serves a pipeline class or a subclass of one; ConfigError names what is supported."""
+    for family in FAMILIES:
+        for base in pipeline_class.__mro__:
+            if base.__name__ in family.pipelines and base.__module__.startswith("diffusers."):
+                return family
+    supported = ", ".join(name for family in FAMILIES for name in family.pipelines)
+    raise ConfigError(f"cocodiff cannot wrap {pipeline_class.__name__}. Supported pipelines: {supported}.")

@@ -1,0 +1,125 @@
+"""Does a 64 x 64 picture show what its caption says? Plain pixel rules, nothing learned.
+
+For each half of the picture: the background's colour, the object's colour, and the shape whose ideal outline, drawn into
+the object's bounding box, agrees best with the object's pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from cocodiff.tiny import pictures
+from cocodiff.tiny.pictures import BACKGROUNDS, COLOURS, SHAPES, SIZE, Scene, Thing
+
+Array = NDArray[np.float64]
+
+# All limits leave room for what an autoencoder blurs; drawn pictures pass them by far.
+_MAX_COLOUR_DISTANCE = 70.0  # of a typical pixel from its named colour, in 8-bit RGB units; names are >= 94 apart
+_MAX_FOREIGN_SHARE = 0.03  # of a half's pixels that are neither background, object, nor a blend of the two
+_MIN_OVERLAP = 0.85  # intersection over union with the ideal outline
+_SIDE_PX = (17, 31)  # height and width of an object; drawn ones have 21 to 29
+_MAX_ASPECT = 1.35
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was wrong, in words; nothing when the picture fits its caption."""
+
+    mistakes: tuple[str, ...]
+
+    @property
+    def right(self) -> bool:
+        return not self.mistakes
+
+    def __bool__(self) -> bool:
+        return self.right
+
+
+def check_picture(picture: Image.Image | NDArray[np.uint8], caption: str | Scene) -> Verdict:
+    """Judge a picture, (64, 64, 3) uint8 or PIL, against a caption of the tiny grammar."""
+    scene = pictures.parse(caption) if isinstance(caption, str) else caption
+    pixels = np.asarray(picture.convert("RGB") if isinstance(picture, Image.Image) else picture, dtype=np.float64)
+    if pixels.shape != (SIZE, SIZE, 3):
+        raise ValueError(f"the picture must be {SIZE} x {SIZE} RGB, not {pixels.shape}")
+    mistakes: list[str] = []
+    for which, thing in (("first", scene.first), ("second", scene.second)):
+        half = pixels[pictures.half_of(scene.relation, which)]
+        mistakes += [f"{which} object: {mistake}" for mistake in _mistakes(half, thing, scene.background)]
+    return Verdict(tuple(mistakes))
+
+
+def _mistakes(half: Array, thing: Thing, background: str) -> list[str]:
+    """What is wrong in one half, (32, 64, 3) or (64, 32, 3), that should hold `thing` alone."""
+    behind = np.array(BACKGROUNDS[background], dtype=np.float64)
+    distances = {
+        name: np.linalg.norm(half - np.array(colour), axis=-1) for name, colour in {**BACKGROUNDS, **COLOURS}.items()
+    }
+    names = list(distances)
+    nearest = np.argmin([distances[name] for name in names], axis=0)
+    counts = np.bincount(nearest.ravel(), minlength=len(names))
+    seen = max(BACKGROUNDS, key=lambda name: counts[names.index(name)])
+    if seen != background:
+        return [f"background is {seen}"]
+    if counts[names.index(background)] < 0.4 * nearest.size:
+        return ["hardly any background"]
+    colour = max(COLOURS, key=lambda name: counts[names.index(name)])
+    if colour != thing.colour:
+        return [f"colour is {colour}"]
+    is_object, is_behind = nearest == names.index(colour), nearest == names.index(background)
+    if is_object.sum() < 100:
+        return ["no object"]
+    mistakes = []
+    if np.median(distances[colour][is_object]) > _MAX_COLOUR_DISTANCE:
+        mistakes.append(f"colour is hardly {colour}")
+    if np.median(distances[background][is_behind]) > _MAX_COLOUR_DISTANCE:
+        mistakes.append(f"background is hardly {background}")
+
+    # Smooth edges are blends: express each pixel as background + opacity x (colour - background) + a rest.
+    towards = np.array(COLOURS[colour], dtype=np.float64) - behind
+    opacity = (half - behind) @ towards / (towards @ towards)
+    rest = np.linalg.norm(half - behind - opacity[..., None] * towards, axis=-1)
+    if (rest > _MAX_COLOUR_DISTANCE).mean() > _MAX_FOREIGN_SHARE:
+        mistakes.append("other colours in the picture")
+    return mistakes + _shape_mistakes(opacity > 0.5, thing.shape)
+
+
+def _shape_mistakes(mask: NDArray[np.bool_], shape: str) -> list[str]:
+    """`mask`: the object's pixels, (32, 64) or (64, 32)."""
+    # A row or column counts from two pixels on, so that single stray ones do not stretch the box. A triangle's tip
+    # is thinner than that: it costs the box one row of pixels.
+    rows, columns = np.flatnonzero(mask.sum(1) >= 2), np.flatnonzero(mask.sum(0) >= 2)
+    if not len(rows) or not len(columns):
+        return ["no object"]
+    height, width = int(rows[-1] - rows[0] + 1), int(columns[-1] - columns[0] + 1)
+    if not (_SIDE_PX[0] <= min(height, width) and max(height, width) <= _SIDE_PX[1]):
+        return [f"object is {height} x {width} px"]
+    if max(height, width) > _MAX_ASPECT * min(height, width):
+        return [f"object is stretched: {height} x {width} px"]
+    overlaps = {}
+    for name in SHAPES:
+        ideal = np.zeros_like(mask)
+        ideal[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = _outline(name, height, width)
+        overlaps[name] = float((mask & ideal).sum() / (mask | ideal).sum())
+    best = max(overlaps, key=lambda name: overlaps[name])
+    if best != shape:
+        return [f"shape is {best}"]
+    if overlaps[best] < _MIN_OVERLAP:
+        return [f"shape is hardly a {shape}: {overlaps[best]:.2f}"]
+    return []
+
+
+@cache
+def _outline(shape: str, height: int, width: int) -> NDArray[np.bool_]:
+    """(height, width): the shape that just fills the box; a triangle stands on its base."""
+    y = (np.arange(height)[:, None] + 0.5) / height * 2 - 1
+    x = (np.arange(width)[None, :] + 0.5) / width * 2 - 1
+    if shape == "circle":
+        return x**2 + y**2 <= 1
+    if shape == "triangle":
+        return np.abs(x) <= (y + 1) / 2
+    return np.ones((height, width), dtype=bool)

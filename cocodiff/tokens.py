@@ -1,0 +1,51 @@
+"""Which tokens of which stream each rank holds while the transformer runs on shards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cocodiff.errors import ConfigError
+from cocodiff.exchange.layout import split_sizes
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens per stream and rank. A rank's joint sequence is its shard of every stream, in the order of `streams`.
+
+    After an exchange the global order is therefore rank by rank (text 0, image 0, text 1, image 1, ...): any mask must
+    follow it, attention without a mask does not care.
+    """
+
+    streams: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def split(cls, lengths: Mapping[str, int], num_ranks: int) -> Tokens:
+        """Ragged and balanced: shards of a stream differ by at most a token, and so do joint sequences of two streams.
+
+        >>> Tokens.split({"text": 7, "image": 9}, 4).joint
+        (4, 4, 4, 4)
+        """
+        streams = {
+            name: split_sizes(length, num_ranks, larger_last=bool(index % 2))
+            for index, (name, length) in enumerate(lengths.items())
+        }
+        tokens = cls(streams)
+        if min(tokens.joint) < 1:
+            total = " + ".join(f"{length} {name}" for name, length in lengths.items())
+            raise ConfigError(
+                f"{total} tokens cannot be shared among {num_ranks} ranks: every rank needs one. "
+                f"Use at most {sum(lengths.values())} ranks or a larger picture."
+            )
+        return tokens
+
+    @property
+    def joint(self) -> tuple[int, ...]:
+        """Tokens of each rank's joint sequence."""
+        return tuple(sum(parts) for parts in zip(*self.streams.values(), strict=True))
+
+    def rows(self, stream: str, rank: int) -> slice:
+        """Where this rank's shard of a stream lies in the whole stream."""
+        sizes = self.streams[stream]
+        start = sum(sizes[:rank])
+        return slice(start, start + sizes[rank])

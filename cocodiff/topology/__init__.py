@@ -1,0 +1,7 @@
+"""The cluster as data: levels, links, presets, and what the ranks' hosts show."""
+
+from cocodiff.topology.cluster import Cluster, Level
+from cocodiff.topology.detect import load_cluster
+from cocodiff.topology.presets import PRESETS
+
+__all__ = ["PRESETS", "Cluster", "Level", "load_cluster"]

@@ -1,0 +1,272 @@
+"""A cluster as data: its levels, innermost first, each with a size and a link.
+
+A *level* is one step outwards: the tiles of one GPU, the GPUs of one node, the nodes of one run. Ranks are
+numbered with the innermost level fastest, as launchers number them. The JSON form (`Cluster.to_json`,
+`Cluster.from_json`):
+
+    {
+      "name": "my-cluster",
+      "flat_efficiency": 1.0,
+      "levels": [
+        {"name": "gpu", "size": 8, "bandwidth_gbs": 450.0, "latency_us": 3.0, "slow": null},
+        {"name": "node", "size": null, "bandwidth_gbs": 50.0, "latency_us": 10.0, "slow": true}
+      ]
+    }
+
+- `levels`: innermost first, at least one, names all different.
+- `size`: how many units of the level inside make up this one; null only on the outermost: whatever the run
+  has.
+- `bandwidth_gbs`: what one rank can send through this level, one direction, in 1e9 bytes per second.
+- `latency_us`: the cost of one message through this level, in microseconds.
+- `slow` (optional, null): whether this level's link deserves fewer bytes; null lets `Cluster.slow` decide.
+- `flat_efficiency` (optional, 1.0): the measured share, at most 1, of the slowest level's bandwidth that one
+  flat all-to-all over several levels reaches.
+
+Every other key is required, and no key beyond these is accepted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cocodiff.errors import ConfigError
+
+# A link under this share of the bandwidth of the level inside it counts as slow, unless the level says
+# otherwise.
+_SLOW_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level of a cluster and the link that joins its parts.
+
+    `bandwidth_gbs` is for one rank and one direction, in 1e9 bytes per second; `latency_us` for one message,
+    in microseconds. `size` None (only on the outermost level of a cluster) follows from the number of ranks.
+    `slow` None leaves the answer to `Cluster.slow`. Raises `ConfigError` for values that cannot be.
+    """
+
+    name: str
+    size: int | None
+    bandwidth_gbs: float
+    latency_us: float
+    slow: bool | None = None
+
+    def __post_init__(self) -> None:
+        where = f"level {self.name!r}"
+        _check_name(self.name, "level")
+        if self.size is not None and (not _is_int(self.size) or self.size < 1):
+            raise ConfigError(f"{where}: size must be a positive whole number or null, not {self.size!r}")
+        _check_positive(self.bandwidth_gbs, "bandwidth_gbs", where)
+        _check_positive(self.latency_us, "latency_us", where)
+        if self.slow is not None and not isinstance(self.slow, bool):
+            raise ConfigError(f"{where}: slow must be true, false or null, not {self.slow!r}")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Levels, innermost first, and how well a flat all-to-all does across several of them.
+
+    `flat_efficiency` is the measured share of the slowest level's bandwidth that one flat all-to-all over
+    several levels reaches; 1.0 stands for unknown. Raises `ConfigError` for values that cannot be.
+    """
+
+    name: str
+    levels: tuple[Level, ...]
+    flat_efficiency: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_name(self.name, "cluster")
+        where = f"cluster {self.name!r}"
+        if not isinstance(self.levels, tuple) or not all(isinstance(level, Level) for level in self.levels):
+            raise ConfigError(f"{where}: levels must be a tuple of Level, not {self.levels!r}")
+        if not self.levels:
+            raise ConfigError(f"{where}: levels must hold at least one level")
+        names = [level.name for level in self.levels]
+        if len(set(names)) != len(names):
+            raise ConfigError(f"{where}: levels must have different names, not {names}")
+        for level in self.levels[:-1]:
+            if level.size is None:
+                raise ConfigError(
+                    f"{where}: only the outermost level may leave its size open, not {level.name!r}"
+                )
+        _check_positive(self.flat_efficiency, "flat_efficiency", where)
+        if self.flat_efficiency > 1:
+            raise ConfigError(f"{where}: flat_efficiency is a share of at most 1, not {self.flat_efficiency}")
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The levels' sizes, innermost first. Raises `ConfigError` while one is open: `resolve` first."""
+        return tuple(self._concrete(level) for level in self.levels)
+
+    @property
+    def num_ranks(self) -> int:
+        """How many ranks the levels hold together. Raises `ConfigError` while a size is open."""
+        return math.prod(self.sizes)
+
+    @property
+    def slow(self) -> tuple[bool, ...]:
+        """Whether each level is slow: as it says, else under a quarter of the bandwidth inside it.
+
+        The innermost level is slow only if it says so.
+        """
+        flags: list[bool] = []
+        for index, level in enumerate(self.levels):
+            if level.slow is not None:
+                flags.append(level.slow)
+            else:
+                flags.append(
+                    index > 0 and level.bandwidth_gbs < _SLOW_SHARE * self.levels[index - 1].bandwidth_gbs
+                )
+        return tuple(flags)
+
+    def resolve(self, num_ranks: int) -> Cluster:
+        """This cluster with every size concrete, holding exactly `num_ranks` ranks.
+
+        From inside outwards a level takes its full size while the ranks last; the level where they run out
+        shrinks to what remains and everything outside it becomes 1. Raises `ConfigError` when a full level
+        does not divide the ranks that remain, or when ranks are left over beyond the outermost level.
+        """
+        if not _is_int(num_ranks) or num_ranks < 1:
+            raise ConfigError(
+                f"cluster {self.name!r}: the number of ranks must be at least 1, not {num_ranks!r}"
+            )
+        remaining = num_ranks
+        resolved: list[Level] = []
+        for level in self.levels:
+            size = remaining if level.size is None else min(level.size, remaining)
+            if remaining % size:
+                raise ConfigError(
+                    f"cluster {self.name!r}: level {level.name!r} has {size} parts, which do not divide the "
+                    f"{remaining} units that {num_ranks} ranks fill; {self._legal_near(num_ranks)}"
+                )
+            resolved.append(dataclasses.replace(level, size=size))
+            remaining //= size
+        if remaining > 1:
+            shape = " x ".join(str(level.size) for level in self.levels)
+            raise ConfigError(
+                f"cluster {self.name!r}: levels {shape} hold {self.num_ranks} ranks, this run has {num_ranks}"
+            )
+        return dataclasses.replace(self, levels=tuple(resolved))
+
+    def to_json(self) -> str:
+        """This cluster in the form the module's docstring describes."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Cluster:
+        """The cluster that `text` describes, in the form of the module's docstring.
+
+        Raises `ConfigError` naming the key that is missing, unknown or wrong.
+        """
+        try:
+            data = json.loads(text, object_pairs_hook=_no_duplicates)
+        except ConfigError:
+            raise
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"this is not JSON for a cluster: {error}") from error
+        fields = _checked_keys(data, {"name", "levels"}, {"flat_efficiency"}, "the cluster")
+        if not isinstance(fields["levels"], list):
+            raise ConfigError(f"the cluster: levels must be a list, not {fields['levels']!r}")
+        levels = []
+        for index, item in enumerate(fields["levels"]):
+            required = {"name", "size", "bandwidth_gbs", "latency_us"}
+            levels.append(Level(**_checked_keys(item, required, {"slow"}, f"levels[{index}]")))
+        return cls(**{**fields, "levels": tuple(levels)})
+
+    def flat_seconds(self, bytes_per_rank: float) -> float:
+        """MODELLED seconds of exchanging `bytes_per_rank`, divided evenly over all ranks, in one all-to-all.
+
+        An alpha-beta model: all levels move bytes at once, so the slowest to finish sets the time, and every
+        message pays its level's latency in turn. It knows nothing of contention beyond `flat_efficiency`, of
+        message-size cliffs or of the library's algorithm, and published models of this kind have ordered real
+        runs backwards until latencies were measured: put measured bandwidths and latencies into the levels
+        before trusting a close call.
+        """
+        sizes = self.sizes
+        part_bytes = bytes_per_rank / math.prod(sizes)
+        efficiency = self.flat_efficiency if sum(size > 1 for size in sizes) > 1 else 1.0
+        inner_ranks = 1
+        transfer_seconds = latency_seconds = 0.0
+        for level, size in zip(self.levels, sizes, strict=True):
+            num_peers = (size - 1) * inner_ranks
+            beta = level.bandwidth_gbs * 1e9 * efficiency
+            transfer_seconds = max(transfer_seconds, num_peers * part_bytes / beta)
+            latency_seconds += num_peers * level.latency_us * 1e-6
+            inner_ranks *= size
+        return transfer_seconds + latency_seconds
+
+    def staged_seconds(self, bytes_per_rank: float) -> float:
+        """MODELLED seconds of the same exchange in one stage per level of size > 1, one after the other.
+
+        Each stage moves the whole buffer once among the `size` parts of its level: fewer, larger messages.
+        The limits of the model are those of `flat_seconds`; overlap between stages of different tensors is
+        not in it.
+        """
+        total_seconds = 0.0
+        for level, size in zip(self.levels, self.sizes, strict=True):
+            message_seconds = level.latency_us * 1e-6 + bytes_per_rank / size / (level.bandwidth_gbs * 1e9)
+            total_seconds += (size - 1) * message_seconds
+        return total_seconds
+
+    def _concrete(self, level: Level) -> int:
+        if level.size is None:
+            raise ConfigError(
+                f"cluster {self.name!r}: level {level.name!r} has an open size: call resolve(num_ranks) first"
+            )
+        return level.size
+
+    def _legal_near(self, num_ranks: int) -> str:
+        # A legal count is some units (at most a level's size) of everything inside that level.
+        below, above = [], []
+        inner_ranks = 1
+        for level in self.levels:
+            units = num_ranks // inner_ranks
+            if units >= 1:
+                below.append(inner_ranks * (units if level.size is None else min(units, level.size)))
+            if level.size is None or units + 1 <= level.size:
+                above.append(inner_ranks * (units + 1))
+            inner_ranks *= level.size or 1
+        text = f"the nearest rank counts that fit are {max(below)}"
+        return f"{text} and {min(above)}" if above else f"the nearest rank count that fits is {max(below)}"
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_name(name: object, what: str) -> None:
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"the name of a {what} must be a non-empty text, not {name!r}")
+
+
+def _check_positive(value: object, key: str, where: str) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    # The upper limit also refuses whole numbers that no float can hold.
+    if not is_number or not 0 < value <= sys.float_info.max:  # type: ignore[operator]
+        raise ConfigError(f"{where}: {key} must be a positive, finite number, not {value!r}")
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in fields:
+            raise ConfigError(f"the key {key!r} stands twice in one object")
+        fields[key] = value
+    return fields
+
+
+def _checked_keys(data: Any, required: set[str], optional: set[str], where: str) -> Mapping[str, Any]:
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where} must be a JSON object, not {data!r}")
+    if missing := sorted(required - data.keys()):
+        raise ConfigError(f"{where}: the key {missing[0]!r} is missing")
+    if unknown := sorted(data.keys() - required - optional):
+        known = ", ".join(sorted(required | optional))
+        raise ConfigError(f"{where}: the key {unknown[0]!r} is unknown; known are {known}")
+    return data

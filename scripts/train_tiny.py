@@ -1,0 +1,267 @@
+"""Train the tiny FLUX pipelines again from nothing, score them, and write weights and contact sheets.
+
+    python scripts/train_tiny.py               # about 45 minutes on two cores; resumes if interrupted
+    python scripts/train_tiny.py --evaluate    # only score the weights that come with the package
+
+Three stages, each kept in --work-dir: an autoencoder on drawn pictures, its latents, and the transformer as a rectified
+flow from those latents to noise. The text encoders stay random and frozen: what they compute is injective enough.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+
+from cocodiff.tiny import models, pictures  # noqa: E402
+
+LEARNING_RATE = 1e-3
+EMA_DECAY = 0.998
+EMPTY_CAPTIONS = 0.1
+"""Share of the captions replaced by "" in training, so that classifier-free guidance works."""
+
+
+def log(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+def cosine(step: int, steps: int, warmup: int = 50) -> float:
+    """Learning rate at `step` over the highest one: linear warm-up, then a half cosine down to 2 %."""
+    ramp = min(1.0, (step + 1) / warmup)
+    return ramp * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+def set_rate(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+
+def draw_pictures(count: int, folder: Path) -> tuple[Tensor, Tensor]:
+    """(N, 3, 64, 64) uint8 pictures of training scenes and (N,) indices into `training_scenes()`."""
+    path = folder / f"pictures-{count}.safetensors"
+    if not path.exists():
+        scenes = pictures.training_scenes()
+        rng = random.Random(1)
+        # Every caption equally often, in random order.
+        order = [i % len(scenes) for i in range(count)]
+        rng.shuffle(order)
+        drawn = np.stack([np.asarray(pictures.draw_scene(scenes[i], rng)) for i in order])
+        tensors = {"pictures": torch.from_numpy(drawn).permute(0, 3, 1, 2).contiguous()}
+        save_file({**tensors, "scenes": torch.tensor(order)}, path)
+        log(f"drew {count} pictures")
+    tensors = load_file(path)
+    return tensors["pictures"], tensors["scenes"]
+
+
+def as_input(batch: Tensor) -> Tensor:
+    """uint8 pictures -> float in [-1, 1], what the autoencoder takes."""
+    return batch.float() / 127.5 - 1
+
+
+def train_vae(vae: nn.Module, images: Tensor, steps: int, batch: int = 32) -> None:
+    """Reconstruction plus a light pull of the latents towards a normal distribution, in place."""
+    vae.train().requires_grad_(True)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(2)
+    for step in range(steps):
+        set_rate([optimizer], 2e-3 * cosine(step, steps))
+        x = as_input(images[torch.randint(len(images), (batch,), generator=generator)])
+        posterior = vae.encode(x).latent_dist
+        error = (vae.decode(posterior.sample(generator)).sample - x).pow(2).mean()
+        divergence = 0.5 * (posterior.mean.pow(2) + posterior.var - 1 - posterior.logvar).mean()
+        optimizer.zero_grad()
+        (error + 1e-4 * divergence).backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        if step % 50 == 0 or step == steps - 1:
+            log(f"autoencoder {step}/{steps}: {10 * math.log10(4 / error.item()):.1f} dB, KL {divergence:.2f}")
+    vae.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def encode_pictures(vae: nn.Module, images: Tensor) -> Tensor:
+    """(N, 4, 32, 32) latents, not yet shifted and scaled, in float16."""
+    means = [vae.encode(as_input(part)).latent_dist.mean.half() for part in images.split(64)]
+    return torch.cat(means)
+
+
+@torch.no_grad()
+def encode_captions(pipe: Any) -> tuple[Tensor, Tensor]:
+    """(captions + 1, 16, 96) text tokens and (captions + 1, 96) pooled vectors; the last row is the empty caption."""
+    captions = [scene.caption for scene in pictures.training_scenes()] + [""]
+    tokens, pooled, _ = pipe.encode_prompt(captions, None)
+    return tokens, pooled
+
+
+def timesteps(batch: int, generator: torch.Generator) -> Tensor:
+    """(batch,) noise levels: half spread evenly over [0, 1], half logit-normal and shifted towards noise."""
+    half = batch // 2
+    even = (torch.arange(half) + torch.rand(half, generator=generator)) / half
+    return torch.cat([even, torch.sigmoid(torch.randn(batch - half, generator=generator) + 0.5)])
+
+
+class Trainer:
+    """The transformer, its optimizers and its moving average; saved and restored as safetensors."""
+
+    def __init__(self, transformer: nn.Module) -> None:
+        self.transformer = transformer.train().requires_grad_(True)
+        named = dict(transformer.named_parameters())
+        # Muon orthogonalises the updates of the blocks' matrices; all else (embeddings, biases, norms) is AdamW's.
+        matrices = [p for n, p in named.items() if p.ndim == 2 and "transformer_blocks" in n]
+        rest = [p for n, p in named.items() if not (p.ndim == 2 and "transformer_blocks" in n)]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(matrices, lr=LEARNING_RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01),
+        ]
+        self.average = {name: p.detach().clone() for name, p in named.items()}
+        self.step = 0
+
+    def update(self, loss: Tensor, rate: float) -> None:
+        set_rate(self.optimizers, rate)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.transformer.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.step += 1
+        decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
+        for name, parameter in self.transformer.named_parameters():
+            self.average[name].lerp_(parameter.detach(), 1 - decay)
+
+    def save(self, path: Path, seconds: float) -> None:
+        tensors = {f"model.{n}": p.detach() for n, p in self.transformer.named_parameters()}
+        tensors |= {f"average.{n}": p for n, p in self.average.items()}
+        for i, optimizer in enumerate(self.optimizers):
+            for j, state in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{i}.{j}.{n}": value for n, value in state.items()}
+        new = path.with_suffix(".new")
+        save_file(tensors, new, metadata={"step": str(self.step), "seconds": str(seconds)})
+        new.replace(path)  # an interruption never leaves half a checkpoint
+
+    def restore(self, path: Path) -> float:
+        """Continue from `path`; returns the seconds trained before."""
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+        tensors = load_file(path)
+        self.step = int(metadata["step"])
+        self.transformer.load_state_dict({n: tensors[f"model.{n}"] for n in self.average})
+        self.average = {n: tensors[f"average.{n}"] for n in self.average}
+        for i, optimizer in enumerate(self.optimizers):
+            saved: dict[int, dict[str, Tensor]] = {}
+            for key, value in tensors.items():
+                if key.startswith(f"optimizer.{i}."):
+                    _, _, j, name = key.split(".", 3)
+                    saved.setdefault(int(j), {})[name] = value
+            optimizer.load_state_dict({"state": saved, "param_groups": optimizer.state_dict()["param_groups"]})
+        return float(metadata["seconds"])
+
+
+def train_transformer(pipe: Any, latents: Tensor, scenes: Tensor, args: argparse.Namespace) -> float:
+    """Rectified flow: predict noise - latents at their mixture. Leaves the moving average in `pipe`; gives seconds."""
+    side = models.LATENT_SIZE
+    config = pipe.vae.config
+    latents = (latents.float() - config.shift_factor) * config.scaling_factor
+    latents = pipe._pack_latents(latents, len(latents), 4, side, side)
+    tokens, pooled = encode_captions(pipe)
+    text_ids = torch.zeros(models.TEXT_TOKENS, 3)
+    image_ids = pipe._prepare_latent_image_ids(1, side // 2, side // 2, "cpu", torch.float32)
+    trainer = Trainer(pipe.transformer)
+    path = args.work_dir / "checkpoint.safetensors"
+    before = trainer.restore(path) if path.exists() else 0.0
+    start, losses = time.monotonic(), []
+    while trainer.step < args.steps:
+        generator = torch.Generator().manual_seed(1000 + trainer.step)  # resuming changes nothing
+        rows = torch.randint(len(latents), (args.batch,), generator=generator)
+        caption = scenes[rows].clone()
+        caption[torch.rand(args.batch, generator=generator) < EMPTY_CAPTIONS] = len(tokens) - 1
+        x, t = latents[rows], timesteps(args.batch, generator)
+        noise = torch.randn(x.shape, generator=generator)
+        mixture = x + t[:, None, None] * (noise - x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bfloat16):
+            velocity = trainer.transformer(
+                hidden_states=mixture,
+                encoder_hidden_states=tokens[caption],
+                pooled_projections=pooled[caption],
+                timestep=t,
+                img_ids=image_ids,
+                txt_ids=text_ids,
+                return_dict=False,
+            )[0]
+        loss = (velocity.float() - (noise - x)).pow(2).mean()
+        trainer.update(loss, LEARNING_RATE * cosine(trainer.step, args.steps, warmup=100))
+        losses.append(loss.item())
+        seconds = before + time.monotonic() - start
+        if trainer.step % 50 == 0:
+            log(f"transformer {trainer.step}/{args.steps}: loss {np.mean(losses[-50:]):.4f}, {seconds:.0f} s")
+        if trainer.step % args.save_every == 0 or trainer.step == args.steps:
+            trainer.save(path, seconds)
+    pipe.transformer.load_state_dict(trainer.average)
+    pipe.transformer.eval().requires_grad_(False)
+    return before + time.monotonic() - start
+
+
+def build_pipeline(components: dict[str, Any]) -> Any:
+    from diffusers import FluxPipeline
+
+    return FluxPipeline(**components)
+
+
+def train(args: argparse.Namespace) -> dict[str, float]:
+    """All stages; returns how many seconds each took. The weights end in args.weights."""
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    images, scenes = draw_pictures(args.pictures, args.work_dir)
+    components = models.build_components()
+    cached = args.work_dir / "vae.safetensors"
+    if cached.exists():
+        components["vae"].load_state_dict(load_file(cached))
+    else:
+        train_vae(components["vae"], images, args.vae_steps)
+        save_file(components["vae"].state_dict(), cached)
+    encoded = args.work_dir / "latents.safetensors"
+    if not encoded.exists():
+        save_file({"latents": encode_pictures(components["vae"], images)}, encoded)
+    latents = load_file(encoded)["latents"]
+    shift, scale = latents.float().mean().item(), 1 / latents.float().std().item()
+    components["vae"].register_to_config(shift_factor=shift, scaling_factor=scale)
+    log(f"latents: shift_factor {shift:.4f}, scaling_factor {scale:.4f}")
+    vae_seconds = time.monotonic() - start
+    pipe = build_pipeline(components)
+    seconds = train_transformer(pipe, latents, scenes, args)
+    models.save_components(components, args.weights)
+    return {"autoencoder_seconds": round(vae_seconds), "transformer_seconds": round(seconds)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work-dir", type=Path, default=Path("build/tiny"), help="pictures, latents, checkpoints")
+    parser.add_argument("--weights", type=Path, default=models.WEIGHTS, help="where the weights are written")
+    parser.add_argument("--steps", type=int, default=3600, help="transformer steps")
+    parser.add_argument("--vae-steps", type=int, default=700)
+    parser.add_argument("--pictures", type=int, default=12000)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--save-every", type=int, default=200)
+    parser.add_argument("--bfloat16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast")
+    parser.add_argument("--evaluate", action="store_true", help="score the weights, train nothing")
+    args = parser.parse_args()
+    if not args.evaluate:
+        log(json.dumps(train(args)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""Whole FLUX pipelines on N ranks against one: the promise of the README, and controls that break it on purpose."""
+
+import pytest
+import torch
+
+from tests.distributed.ranks import run_ranks
+from tests.pipelines import TASKS, flux_call, flux_pipeline, relative_error
+
+LIMIT = 1e-5  # relative latent error in float32, after a whole run
+# ranks -> level sizes; the last has three levels where the number allows
+LEVELS = {2: [(2,)], 3: [(3,)], 4: [(2, 2)], 6: [(2, 3), (3, 2)], 8: [(4, 2), (2, 2, 2)]}
+CALLS = {  # odd sizes and prompts; a batch; fewer text tokens than ranks
+    "odd": dict(height=36, width=28, text_len=7),
+    "batch": dict(height=28, width=44, text_len=13, batch=2),
+    "short": dict(height=20, width=28, text_len=1),
+}
+
+
+def clusters(ranks):
+    """By name: one flat level, and for every staging one cluster that cuts outputs in pieces and one that does not."""
+    from cocodiff import Cluster, Level
+
+    for sizes in LEVELS[ranks]:
+        for pieces, latency_us in (("pieces", 1e-6), ("whole", 1e3)):
+            levels = tuple(Level(f"level {i}", size, 1.0, latency_us) for i, size in enumerate(sizes))
+            yield f"{len(sizes)} levels, {pieces}", Cluster("test", levels)
+
+
+def references():
+    """What one rank draws without cocodiff."""
+    found = {}
+    for task in TASKS:
+        pipe = flux_pipeline(task)
+        for name, call in CALLS.items():
+            found[task, name] = pipe(**flux_call(task, **call)).images
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return run_ranks(1, references)[0]
+
+
+def _errors(ranks, expected):
+    import cocodiff
+
+    errors = {}
+    for task in TASKS:
+        for cluster_name, cluster in clusters(ranks):
+            for schedule in ("v_first", "sequential"):
+                for exchange in ("flat", "staged"):
+                    if schedule == "sequential" and cluster_name.endswith("pieces"):
+                        continue  # has no pieces
+                    pipe = flux_pipeline(task)
+                    cocodiff.wrap(pipe, exchange=exchange, schedule=schedule, cluster=cluster)
+                    call = list(CALLS)[len(errors) % len(CALLS)]
+                    latents = pipe(**flux_call(task, **CALLS[call])).images
+                    key = (task, cluster_name, schedule, exchange, call)
+                    errors[key] = relative_error(latents, expected[task, call])
+    return errors
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 6, 8])
+def test_every_pipeline_exchange_and_schedule_draws_what_one_rank_draws(ranks, expected):
+    for errors in run_ranks(ranks, _errors, ranks, expected):
+        assert len(errors) >= 30
+        assert max(errors.values()) < LIMIT, {key: error for key, error in errors.items() if error >= LIMIT}
+
+
+def _wrap_and_unwrap(expected):
+    import cocodiff
+
+    def parts(pipe):
+        named = dict(pipe.transformer.named_modules())
+        forwards = {name: vars(module).get("forward") for name, module in named.items()}
+        processors = {name: getattr(module, "processor", None) for name, module in named.items()}
+        return type(pipe), set(vars(pipe)), forwards, processors
+
+    for task in TASKS:
+        pipe = flux_pipeline(task)
+        before = parts(pipe)
+        assert cocodiff.wrap(pipe) is pipe and cocodiff.wrap(pipe) is pipe  # the second time changes nothing
+        pipe(**flux_call(task, **CALLS["odd"]))
+        assert cocodiff.unwrap(pipe) is pipe
+        assert parts(pipe) == before
+        assert torch.equal(pipe(**flux_call(task, **CALLS["odd"])).images, expected[task, "odd"])
+        with pytest.raises(ValueError, match="not wrapped"):
+            cocodiff.unwrap(pipe)
+    return True
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_unwrap_leaves_nothing_behind_and_pictures_are_bit_identical(ranks, expected):
+    assert all(run_ranks(ranks, _wrap_and_unwrap, expected))
+
+
+def _one_rank_wrapped(expected):
+    import cocodiff
+
+    for task in TASKS:
+        pipe = cocodiff.wrap(flux_pipeline(task))
+        assert torch.equal(pipe(**flux_call(task, **CALLS["odd"])).images, expected[task, "odd"])
+        assert pipe.cocodiff.is_main and pipe.cocodiff.world_size == 1
+    return True
+
+
+def test_on_one_rank_wrap_changes_nothing(expected):
+    assert run_ranks(1, _one_rank_wrapped, expected) == [True]
+
+
+def _broken(what, expected):
+    """The error of a pipeline in which one thing is wrong on purpose."""
+    import cocodiff
+    from cocodiff.models import flux
+
+    pipe = cocodiff.wrap(flux_pipeline(), exchange="flat")
+    engine, call = pipe.cocodiff.engine, CALLS["odd"]
+    if what == "one exchange is a local copy":
+        original = engine.flat.start
+
+        def start(send, traffic, label):
+            if label == "k":
+                shape = sum(traffic.block(src, engine.rank) for src in engine.flat.order)
+                return engine._outer_lane.submit(lambda x: torch.zeros(shape).copy_(x.repeat(2)[:shape]), send, label)
+            return original(send, traffic, label)
+
+        engine.flat.start = start
+    if what == "one rank's rotation is off by a token" and engine.rank == 1:
+        rotate = flux.rotate_pairs
+        flux.rotate_pairs = lambda x, cos, sin: rotate(x, cos.roll(1, 0), sin.roll(1, 0))
+    if what == "the gather swaps two shards":
+        gather = engine.gather
+        engine.gather = lambda x, stream: gather(x, stream).flip(1)
+    try:
+        return relative_error(pipe(**flux_call("text2image", **call)).images, expected["text2image", "odd"])
+    except Exception:
+        return float("inf")
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["one exchange is a local copy", "one rank's rotation is off by a token", "the gather swaps two shards"],
+)
+def test_controls_a_broken_run_is_seen(what, expected):
+    assert min(run_ranks(2, _broken, what, expected)) > 100 * LIMIT
+
+
+def test_control_of_the_controls(expected):
+    assert max(run_ranks(2, _broken, "nothing", expected)) < LIMIT
