@@ -66,6 +66,7 @@ class Door:
         """One wrapped pipeline lets go of the transformer; the last one takes the patches with it."""
         if self.users == 1:
             self._patches.undo()
+            self.engine.close()
         self.users -= 1
 
     def _check(self) -> None:

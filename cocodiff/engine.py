@@ -37,6 +37,12 @@ class Engine:
         self.staged: Exchange = StagedExchange(mesh.cluster.sizes, mesh.rank, mesh.level_groups, self._lanes)
         self._tokens: Tokens | None = None
 
+    def close(self) -> None:
+        """End the lanes and free the groups; nothing may be in flight. Collective."""
+        for lane in self._lanes.values():
+            lane.close()
+        self.mesh.close()
+
     @property
     def rank(self) -> int:
         return self.mesh.rank

@@ -41,6 +41,9 @@ class Lane(Protocol):
         exchange follow each other without the caller's help. `label` names the work in a timeline.
         """
 
+    def close(self) -> None:
+        """No more work will come."""
+
 
 class ThreadLane:
     """A lane of CPU tensors: one daemon thread, so that communication and compute share the cores for real.
@@ -53,7 +56,7 @@ class ThreadLane:
     def __init__(self, name: str, timeline: Timeline | None) -> None:
         self.name = name
         self.timeline = timeline
-        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         threading.Thread(target=self._run, name=f"cocodiff lane {name}", daemon=True).start()
 
     def submit(self, work: Callable[[Tensor], Tensor], source: Tensor | Ticket, label: str) -> ThreadTicket:
@@ -76,9 +79,12 @@ class ThreadLane:
         self._jobs.put(job)
         return ThreadTicket(promise)
 
+    def close(self) -> None:
+        self._jobs.put(None)
+
     def _run(self) -> None:
-        while True:
-            self._jobs.get()()
+        while (job := self._jobs.get()) is not None:
+            job()
 
 
 class ThreadTicket:
@@ -115,6 +121,9 @@ class StreamLane:
                     result = work(tensor)
             done = self._stream.record_event()
         return StreamTicket(self._api, self._device, done, result, keep=(tensor, source))
+
+    def close(self) -> None:
+        pass  # a stream needs no end
 
 
 class StreamTicket:

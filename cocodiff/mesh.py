@@ -34,6 +34,7 @@ class Mesh:
     flat_group: dist.ProcessGroup
     level_groups: Mapping[int, dist.ProcessGroup]
     host_group: dist.ProcessGroup
+    backend: str
 
     @classmethod
     def create(cls, cluster: Cluster, ulysses_degree: int | None, backend: str, host_group: dist.ProcessGroup) -> Mesh:
@@ -55,4 +56,10 @@ class Mesh:
                 group = dist.new_group(list(members), backend=backend)
                 if rank in members:
                     mine[level] = group
-        return cls(rank, world_size, cluster, flat_group, mine, host_group)
+        return cls(rank, world_size, cluster, flat_group, mine, host_group, backend)
+
+    def close(self) -> None:
+        """Free this mesh's own groups (not the host group). Collective."""
+        if self.backend == "gloo":  # others free theirs at exit: destroying subgroups is known to crash some
+            for group in (self.flat_group, *self.level_groups.values()):
+                dist.destroy_process_group(group)

@@ -40,6 +40,7 @@ class Attachment:
     cluster_reason: str = "one rank"
     engine: Engine | None = None
     door: Door | None = None
+    owns_job: bool = True
 
     @property
     def rank(self) -> int:
@@ -90,7 +91,7 @@ def wrap(pipeline: Any, config: Config | None = None, *, device: str | torch.dev
             raise ConfigError("this pipeline is wrapped already, with other settings. Call cocodiff.unwrap(pipe) first.")
         return pipeline
     family_of(type(pipeline))
-    return _attach(pipeline, config, start_job(device))
+    return _attach(pipeline, config, start_job(device), owns_job=True)
 
 
 def unwrap(pipeline: Any) -> Any:
@@ -100,8 +101,9 @@ def unwrap(pipeline: Any) -> Any:
         raise ConfigError(f"this {type(pipeline).__name__} is not wrapped, so there is nothing to unwrap.")
     if attachment.door is not None:
         attachment.door.release()
-    if attachment.engine is not None:
         pipeline.__class__ = attachment.pipeline_class
+    if attachment.owns_job:
+        attachment.job.close()
     del pipeline.cocodiff
     return pipeline
 
@@ -122,19 +124,19 @@ class WrappedClass:
         return self._load("from_pipe", args, kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return _attach(self.pipeline_class(*args, **kwargs), self._config, self._job)
+        return _attach(self.pipeline_class(*args, **kwargs), self._config, self._job, owns_job=False)
 
     def _load(self, constructor: str, args: tuple, kwargs: dict[str, Any]) -> Any:
         with self._job.watched(f"{self.pipeline_class.__name__}.{constructor}"):
             pipeline = getattr(self.pipeline_class, constructor)(*args, **kwargs)
-        return _attach(pipeline, self._config, self._job)
+        return _attach(pipeline, self._config, self._job, owns_job=False)
 
 
-def _attach(pipeline: Any, config: Config, job: Job) -> Any:
+def _attach(pipeline: Any, config: Config, job: Job, *, owns_job: bool) -> Any:
     with job.watched("cocodiff.wrap"):
         if not any(hasattr(part, "_hf_hook") for part in pipeline.components.values()):
             pipeline.to(job.device)  # offloaded parts find their way by their hooks
-        attachment = Attachment(job, config, type(pipeline))
+        attachment = Attachment(job, config, type(pipeline), owns_job=owns_job)
         if job.world_size > 1:
             _agree_on(pipeline, config, job)
             refuse_modifications(pipeline.transformer)

@@ -3,8 +3,9 @@
     python scripts/train_tiny.py               # about 45 minutes on two cores; resumes if interrupted
     python scripts/train_tiny.py --evaluate    # only score the weights that come with the package
 
-Three stages, each kept in --work-dir: an autoencoder on drawn pictures, its latents, and the transformer as a rectified
-flow from those latents to noise. The text encoders stay random and frozen: what they compute is injective enough.
+Three stages, each kept in --work-dir: an autoencoder on drawn pictures, its latents, and the transformer as a
+rectified flow from those latents to noise. The text encoders stay random and frozen: their outputs tell all
+captions apart, which is all the transformer needs.
 """
 
 from __future__ import annotations
@@ -20,10 +21,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import FluxPipeline
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+import tiny_score  # noqa: E402
+from tiny_muon import Muon  # noqa: E402
 
 from cocodiff.tiny import models, pictures  # noqa: E402
 
@@ -87,7 +94,8 @@ def train_vae(vae: nn.Module, images: Tensor, steps: int, batch: int = 32) -> No
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         if step % 50 == 0 or step == steps - 1:
-            log(f"autoencoder {step}/{steps}: {10 * math.log10(4 / error.item()):.1f} dB, KL {divergence:.2f}")
+            psnr = 10 * math.log10(4 / error.item())
+            log(f"autoencoder {step}/{steps}: {psnr:.1f} dB, KL {divergence:.2f}")
     vae.eval().requires_grad_(False)
 
 
@@ -100,7 +108,7 @@ def encode_pictures(vae: nn.Module, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode_captions(pipe: Any) -> tuple[Tensor, Tensor]:
-    """(captions + 1, 16, 96) text tokens and (captions + 1, 96) pooled vectors; the last row is the empty caption."""
+    """(captions + 1, 16, 96) text tokens and (captions + 1, 96) pooled vectors; the last row is for ""."""
     captions = [scene.caption for scene in pictures.training_scenes()] + [""]
     tokens, pooled, _ = pipe.encode_prompt(captions, None)
     return tokens, pooled
@@ -119,11 +127,12 @@ class Trainer:
     def __init__(self, transformer: nn.Module) -> None:
         self.transformer = transformer.train().requires_grad_(True)
         named = dict(transformer.named_parameters())
-        # Muon orthogonalises the updates of the blocks' matrices; all else (embeddings, biases, norms) is AdamW's.
-        matrices = [p for n, p in named.items() if p.ndim == 2 and "transformer_blocks" in n]
-        rest = [p for n, p in named.items() if not (p.ndim == 2 and "transformer_blocks" in n)]
+        # The matrices inside the blocks learn much faster with Muon. Modulation starts at zero and, like
+        # embeddings, biases and norms, is AdamW's.
+        blocks = {n for n, p in named.items() if "blocks" in n and "norm" not in n and p.ndim == 2}
+        rest = [p for n, p in named.items() if n not in blocks]
         self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(matrices, lr=LEARNING_RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            Muon([p for n, p in named.items() if n in blocks], lr=LEARNING_RATE),
             torch.optim.AdamW(rest, lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01),
         ]
         self.average = {name: p.detach().clone() for name, p in named.items()}
@@ -153,8 +162,6 @@ class Trainer:
 
     def restore(self, path: Path) -> float:
         """Continue from `path`; returns the seconds trained before."""
-        from safetensors import safe_open
-
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
         tensors = load_file(path)
@@ -167,12 +174,16 @@ class Trainer:
                 if key.startswith(f"optimizer.{i}."):
                     _, _, j, name = key.split(".", 3)
                     saved.setdefault(int(j), {})[name] = value
-            optimizer.load_state_dict({"state": saved, "param_groups": optimizer.state_dict()["param_groups"]})
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": saved, "param_groups": groups})
         return float(metadata["seconds"])
 
 
 def train_transformer(pipe: Any, latents: Tensor, scenes: Tensor, args: argparse.Namespace) -> float:
-    """Rectified flow: predict noise - latents at their mixture. Leaves the moving average in `pipe`; gives seconds."""
+    """Rectified flow: predict noise - latents from their mixture. Leaves the moving average in `pipe`.
+
+    Returns the seconds it took, those before an interruption included.
+    """
     side = models.LATENT_SIZE
     config = pipe.vae.config
     latents = (latents.float() - config.shift_factor) * config.scaling_factor
@@ -215,12 +226,6 @@ def train_transformer(pipe: Any, latents: Tensor, scenes: Tensor, args: argparse
     return before + time.monotonic() - start
 
 
-def build_pipeline(components: dict[str, Any]) -> Any:
-    from diffusers import FluxPipeline
-
-    return FluxPipeline(**components)
-
-
 def train(args: argparse.Namespace) -> dict[str, float]:
     """All stages; returns how many seconds each took. The weights end in args.weights."""
     args.work_dir.mkdir(parents=True, exist_ok=True)
@@ -241,26 +246,48 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     components["vae"].register_to_config(shift_factor=shift, scaling_factor=scale)
     log(f"latents: shift_factor {shift:.4f}, scaling_factor {scale:.4f}")
     vae_seconds = time.monotonic() - start
-    pipe = build_pipeline(components)
-    seconds = train_transformer(pipe, latents, scenes, args)
+    seconds = train_transformer(FluxPipeline(**components), latents, scenes, args)
     models.save_components(components, args.weights)
     return {"autoencoder_seconds": round(vae_seconds), "transformer_seconds": round(seconds)}
 
 
+def evaluate(weights: Path, images: Path) -> dict[str, int]:
+    """How many of the 64 held-out captions come out wholly right in both tasks; draws the contact sheets."""
+    components = models.load_components(weights)
+    drawn = tiny_score.score_text2image(components)
+    painted = tiny_score.score_inpaint(components)
+    tiny_score.draw_contact_sheet(drawn, images / "tiny_contact_sheet.png")
+    tiny_score.draw_inpaint_sheet(painted[:12], images / "tiny_inpaint_sheet.png")
+    for name, results in (("text2image", drawn), ("inpaint", painted)):
+        for what, _, verdict in results:
+            if not verdict:
+                log(f"{name}: {getattr(what, 'scene', what).caption}: {'; '.join(verdict.mistakes)}")
+    parts = models.model_parts(components).values()
+    return {
+        "held_out": len(drawn),
+        "text2image_right": sum(map(bool, (verdict for *_, verdict in drawn))),
+        "inpaint_right": sum(map(bool, (verdict for *_, verdict in painted))),
+        "parameters": sum(p.numel() for part in parts for p in part.parameters()),
+        "weights_bytes": sum(file.stat().st_size for file in weights.iterdir()),
+    }
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work-dir", type=Path, default=Path("build/tiny"), help="pictures, latents, checkpoints")
-    parser.add_argument("--weights", type=Path, default=models.WEIGHTS, help="where the weights are written")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--work-dir", type=Path, default=ROOT / "build/tiny", help="caches and checkpoints")
+    parser.add_argument("--weights", type=Path, default=models.WEIGHTS, help="where the weights go")
+    parser.add_argument("--images", type=Path, default=ROOT / "docs/images", help="where the sheets go")
     parser.add_argument("--steps", type=int, default=3600, help="transformer steps")
     parser.add_argument("--vae-steps", type=int, default=700)
     parser.add_argument("--pictures", type=int, default=12000)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--save-every", type=int, default=200)
-    parser.add_argument("--bfloat16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast")
+    parser.add_argument("--bfloat16", action="store_true", help="bfloat16 autocast, for CPUs that have it")
     parser.add_argument("--evaluate", action="store_true", help="score the weights, train nothing")
     args = parser.parse_args()
     if not args.evaluate:
         log(json.dumps(train(args)))
+    log(json.dumps(evaluate(args.weights, args.images)))
 
 
 if __name__ == "__main__":

@@ -50,6 +50,12 @@ ALONE: dict[str, tuple[str, ...]] = {
 MAX_LINES = 300
 MAX_LINES_OF = {"cocodiff.attention": 200}
 
+# What importing must not load: whatever is slow, optional, or has an opinion on the machine.
+HEAVY = set(
+    "accelerate diffusers einops huggingface_hub intel_extension_for_pytorch matplotlib mpi4py numpy "
+    "oneccl_bindings_for_pytorch PIL rich tqdm transformers typer".split()
+)
+
 MUTATING = {
     *(
         "append",
@@ -160,7 +166,7 @@ def is_constant(name: str) -> bool:
 
 
 def state_faults(source: str) -> list[str]:
-    """Signs of state that a module keeps: mutable values that are not constants, changes made by a function."""
+    """Signs of state that a module keeps: mutable values, changes made by functions."""
     tree = ast.parse(source)
     faults, module_names = [], set()
     for node in tree.body:
@@ -283,13 +289,13 @@ def f(TABLE, x):
 
 
 def test_import_is_light(tmp_path: Path) -> None:
-    """No diffusers, no more of torch.distributed than torch itself loads, no output, under 50 ms beyond torch."""
+    """Nothing heavy, no more of torch.distributed than torch loads, no output, under 50 ms beyond torch."""
     code = """
 import json, sys, time
 import torch
 before = set(sys.modules)
 seconds = []
-for _ in range(3):
+for _ in range(10):  # the least of them: this machine may be busy
     for name in set(sys.modules) - before:
         del sys.modules[name]
     start = time.perf_counter()
@@ -305,21 +311,8 @@ print(json.dumps({
     lines = run_python(code, tmp_path).splitlines()
     assert len(lines) == 1, "importing printed something"
     found = json.loads(lines[0])
-    heavy = {
-        "accelerate",
-        "diffusers",
-        "einops",
-        "huggingface_hub",
-        "matplotlib",
-        "mpi4py",
-        "numpy",
-        "PIL",
-        "tqdm",
-    }
-    heavy |= {"transformers", "typer", "rich", "intel_extension_for_pytorch", "oneccl_bindings_for_pytorch"}
-    assert [
-        m for m in found["modules"] if m.split(".")[0] in heavy or m.startswith("torch.distributed")
-    ] == []
+    loaded = {m for m in found["modules"] if m.split(".")[0] in HEAVY or m.startswith("torch.distributed")}
+    assert loaded == set()
     assert not found["initialized"]
     assert found["public"] == [], "names in __all__ that do not exist"
     assert found["seconds"] < 0.050

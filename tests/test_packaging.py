@@ -1,4 +1,4 @@
-"""What is installed is what is in the checkout: as a wheel and as an editable install, each in a place of its own."""
+"""What is installed is what is in the checkout, as a wheel and as an editable install."""
 
 from __future__ import annotations
 
@@ -31,9 +31,12 @@ def _lacks() -> str | None:
     return None if int(found.split(".")[0]) >= 77 else f"setuptools {found} is older than 77"
 
 
-pytestmark = pytest.mark.skipif(_lacks() is not None, reason=f"cannot build offline: {_lacks()}")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(_lacks() is not None, reason=f"cannot build offline: {_lacks()}"),
+]
 
-# Where `kernels` and `cocodiff` come from in a fresh process, and that the parts can be used.
+# In a fresh process: where things come from, and that the parts can be used.
 PROBE = """
 import importlib.util, json
 import cocodiff, cocodiff.errors, cocodiff.kernels
@@ -44,7 +47,7 @@ scripts = [e.value for e in entry_points(group="console_scripts") if e.name == "
 print(json.dumps({
     "cocodiff": cocodiff.__file__,
     "kernels": cocodiff.kernels.__file__,
-    "top_level_kernels": None if kernels is None else list(kernels.submodule_search_locations or [kernels.origin]),
+    "top_level_kernels": kernels and list(kernels.submodule_search_locations or [kernels.origin]),
     "weights": sorted(f.name for f in (files("cocodiff.tiny") / "weights").iterdir()),
     "versions": [version("cocodiff"), cocodiff.__version__],
     "scripts": scripts,
@@ -57,7 +60,7 @@ def run(*command: str | Path, cwd: Path, **variables: str) -> str:
         name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PIP_TARGET")
     } | variables
     done = subprocess.run(
-        [str(part) for part in command], cwd=cwd, env=env, capture_output=True, text=True, timeout=240
+        [str(part) for part in command], cwd=cwd, env=env, capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}\n{done.stderr}"
     return done.stdout

@@ -52,6 +52,13 @@ class Job:
                 yield
 
 
+    def close(self) -> None:
+        """Free what this job made for itself; the default process group stays. Collective."""
+        if self.guard is not None and self.host_group is not None:
+            self.guard.close()
+            dist.destroy_process_group(self.host_group)
+
+
 def start_job(device: str | torch.device | None) -> Job:
     """Find the ranks, take this rank's device, join (an existing process group is left alone).
 

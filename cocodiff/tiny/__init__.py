@@ -1,11 +1,11 @@
-"""A tiny FLUX whose trained weights come with the package: real diffusers pipelines, no download, seconds on a CPU.
+"""A tiny FLUX whose trained weights come with the package: real diffusers pipelines, without any download.
 
     from cocodiff.tiny import tiny_pipeline
 
     image = tiny_pipeline()("a red circle above a blue square on a white background").images[0]
 
-It draws 64 x 64 pictures of two coloured shapes (`cocodiff.tiny.pictures` has the grammar, `cocodiff.tiny.check` judges
-a picture against its caption). `scripts/train_tiny.py` trains it again from nothing.
+It draws 64 x 64 pictures of two coloured shapes, fast enough for a CPU. `cocodiff.tiny.pictures` has the captions'
+grammar, `cocodiff.tiny.check` judges a picture against its caption, `scripts/train_tiny.py` trains it from nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 __all__ = ["tiny_pipeline"]
 
 _PIPELINES = {
-    "flux": {"text2image": "FluxPipeline", "inpaint": "FluxInpaintPipeline", "img2img": "FluxImg2ImgPipeline"},
+    "flux": {
+        "text2image": "FluxPipeline",
+        "inpaint": "FluxInpaintPipeline",
+        "img2img": "FluxImg2ImgPipeline",
+    },
 }
 
 
@@ -30,12 +34,12 @@ def tiny_pipeline(
 
     Args:
         family: "flux".
-        task: "text2image" (FluxPipeline), "inpaint" (FluxInpaintPipeline) or "img2img" (FluxImg2ImgPipeline); all
-            share the same weights.
+        task: "text2image" (FluxPipeline), "inpaint" (FluxInpaintPipeline) or "img2img" (FluxImg2ImgPipeline);
+            all share the same weights.
         dtype: of all models; None means torch.float32. The weights are stored in float16.
 
     Returns:
-        The pipeline. Without height and width it makes 64 x 64 pixels, 256 image tokens beside 16 text tokens.
+        The pipeline. Its default height and width are 64 px: 256 image tokens beside 16 text tokens.
     """
     if family not in _PIPELINES:
         raise ValueError(f"unknown family {family!r}; supported: {', '.join(_PIPELINES)}")

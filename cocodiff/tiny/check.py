@@ -1,7 +1,7 @@
 """Does a 64 x 64 picture show what its caption says? Plain pixel rules, nothing learned.
 
-For each half of the picture: the background's colour, the object's colour, and the shape whose ideal outline, drawn into
-the object's bounding box, agrees best with the object's pixels.
+For each half of the picture: the background's colour, the object's colour, and the shape whose ideal outline,
+drawn into the object's bounding box, agrees best with the object's pixels.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cocodiff.tiny.pictures import BACKGROUNDS, COLOURS, SHAPES, SIZE, Scene, Th
 Array = NDArray[np.float64]
 
 # All limits leave room for what an autoencoder blurs; drawn pictures pass them by far.
-_MAX_COLOUR_DISTANCE = 70.0  # of a typical pixel from its named colour, in 8-bit RGB units; names are >= 94 apart
+_MAX_COLOUR_DISTANCE = 70.0  # of a typical pixel from its named colour, in 8-bit RGB; names are >= 115 apart
 _MAX_FOREIGN_SHARE = 0.03  # of a half's pixels that are neither background, object, nor a blend of the two
 _MIN_OVERLAP = 0.85  # intersection over union with the ideal outline
 _SIDE_PX = (17, 31)  # height and width of an object; drawn ones have 21 to 29
@@ -43,7 +43,8 @@ class Verdict:
 def check_picture(picture: Image.Image | NDArray[np.uint8], caption: str | Scene) -> Verdict:
     """Judge a picture, (64, 64, 3) uint8 or PIL, against a caption of the tiny grammar."""
     scene = pictures.parse(caption) if isinstance(caption, str) else caption
-    pixels = np.asarray(picture.convert("RGB") if isinstance(picture, Image.Image) else picture, dtype=np.float64)
+    rgb = picture.convert("RGB") if isinstance(picture, Image.Image) else picture
+    pixels = np.asarray(rgb, dtype=np.float64)
     if pixels.shape != (SIZE, SIZE, 3):
         raise ValueError(f"the picture must be {SIZE} x {SIZE} RGB, not {pixels.shape}")
     mistakes: list[str] = []
@@ -56,9 +57,8 @@ def check_picture(picture: Image.Image | NDArray[np.uint8], caption: str | Scene
 def _mistakes(half: Array, thing: Thing, background: str) -> list[str]:
     """What is wrong in one half, (32, 64, 3) or (64, 32, 3), that should hold `thing` alone."""
     behind = np.array(BACKGROUNDS[background], dtype=np.float64)
-    distances = {
-        name: np.linalg.norm(half - np.array(colour), axis=-1) for name, colour in {**BACKGROUNDS, **COLOURS}.items()
-    }
+    named = {**BACKGROUNDS, **COLOURS}
+    distances = {name: np.linalg.norm(half - np.array(rgb), axis=-1) for name, rgb in named.items()}
     names = list(distances)
     nearest = np.argmin([distances[name] for name in names], axis=0)
     counts = np.bincount(nearest.ravel(), minlength=len(names))
@@ -90,8 +90,7 @@ def _mistakes(half: Array, thing: Thing, background: str) -> list[str]:
 
 def _shape_mistakes(mask: NDArray[np.bool_], shape: str) -> list[str]:
     """`mask`: the object's pixels, (32, 64) or (64, 32)."""
-    # A row or column counts from two pixels on, so that single stray ones do not stretch the box. A triangle's tip
-    # is thinner than that: it costs the box one row of pixels.
+    # A row or column counts from two pixels on, so that single stray ones do not stretch the box.
     rows, columns = np.flatnonzero(mask.sum(1) >= 2), np.flatnonzero(mask.sum(0) >= 2)
     if not len(rows) or not len(columns):
         return ["no object"]
@@ -115,11 +114,13 @@ def _shape_mistakes(mask: NDArray[np.bool_], shape: str) -> list[str]:
 
 @cache
 def _outline(shape: str, height: int, width: int) -> NDArray[np.bool_]:
-    """(height, width): the shape that just fills the box; a triangle stands on its base."""
-    y = (np.arange(height)[:, None] + 0.5) / height * 2 - 1
+    """(height, width): the shape that fills the box. A triangle stands on its base, its tip above the box."""
+    rows = np.arange(height)[:, None] + 0.5
+    y = rows / height * 2 - 1
     x = (np.arange(width)[None, :] + 0.5) / width * 2 - 1
     if shape == "circle":
         return x**2 + y**2 <= 1
     if shape == "triangle":
-        return np.abs(x) <= (y + 1) / 2
+        tip = 1.5  # px: rows narrower than two pixels, which do not count for the box
+        return np.abs(x) <= (rows + tip) / (height + tip)
     return np.ones((height, width), dtype=bool)

@@ -1,7 +1,8 @@
 """The components of the tiny FLUX pipelines, built from configs alone, and their weights on disk.
 
-About 5.6 M parameters: a `FluxTransformer2DModel` (2 double + 4 single blocks, 8 heads x 24), an `AutoencoderKL` that
-halves height and width, and frozen random text encoders. A 64 x 64 picture is 32 x 32 latents, 256 image tokens.
+About 5.6 M parameters: a `FluxTransformer2DModel` (2 double + 4 single blocks, 8 heads x 24), an
+`AutoencoderKL` that halves height and width, and frozen random text encoders. A 64 x 64 picture is 32 x 32 latents,
+256 image tokens.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ _CLIP_START, _CLIP_END = "<|startoftext|>", "<|endoftext|>"
 class TinyT5Tokenizer(PreTrainedTokenizerFast):
     """A word-level tokenizer that never pads or cuts to more than its `model_max_length`.
 
-    FLUX pipelines ask for `max_length=512` unless the user says otherwise; the tiny transformer was trained with 16
-    text tokens. Shorter lengths are honoured.
+    FLUX pipelines ask for `max_length=512` unless the user says otherwise; the tiny transformer was trained
+    with 16 text tokens. Shorter lengths are honoured.
     """
 
     def __call__(self, *args: Any, max_length: int | None = None, **kwargs: Any) -> Any:
@@ -125,7 +126,7 @@ def _text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def _text_encoder_2(tokenizer: TinyT5Tokenizer) -> T5EncoderModel:
-    """A T5 encoder, (B, S) -> (B, S, 96), whose strong random position biases make every token know its neighbours."""
+    """A T5 encoder, (B, S) -> (B, S, 96); strong random position biases tell every token its neighbours."""
     model = T5EncoderModel(
         T5Config(
             vocab_size=len(tokenizer),
@@ -192,10 +193,10 @@ def _transformer() -> FluxTransformer2DModel:
 
 
 def build_components(scaling_factor: float = 1.0, shift_factor: float = 0.0, seed: int = 0) -> dict[str, Any]:
-    """All components of a FLUX pipeline, by the pipeline's own argument names, with random weights from `seed`.
+    """All components of a FLUX pipeline, by the pipeline's argument names, with random weights from `seed`.
 
-    The scheduler neither shifts sigmas nor adapts them to the resolution, which is how the transformer is trained.
-    The caller's random state is left as it was.
+    The scheduler neither shifts sigmas nor adapts them to the resolution, as in the transformer's training. The
+    caller's random state is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -219,7 +220,7 @@ def model_parts(components: dict[str, Any]) -> dict[str, torch.nn.Module]:
 
 
 def save_components(components: dict[str, Any], folder: Path = WEIGHTS) -> None:
-    """Write each model's weights to `folder`/<name>.safetensors in float16, and the latents' scale to vae.json."""
+    """Write the models' weights to `folder`/<name>.safetensors in float16, the latents' scale to vae.json."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in model_parts(components).items():
         # T5 ties two names to one tensor; safetensors wants each tensor once.
@@ -242,5 +243,5 @@ def load_components(folder: Path = WEIGHTS, dtype: torch.dtype = torch.float32) 
         tied = {key for key in missing.missing_keys if key.endswith("embed_tokens.weight")}
         if missing.unexpected_keys or set(missing.missing_keys) - tied:
             raise RuntimeError(f"{folder / name}.safetensors does not fit the model: {missing}")
-        torch.nn.Module.to(part, dtype)  # diffusers' own `to` warns about modules it would keep in float32: none
+        torch.nn.Module.to(part, dtype)  # diffusers' own `to` warns, naming no module to be warned about
     return components

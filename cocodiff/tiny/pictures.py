@@ -1,8 +1,8 @@
 """The tiny pipeline's world: captions, the pictures they describe, and which captions are never trained on.
 
 A caption names two objects, how they lie and what is behind them:
-"a red circle above a blue square on a white background". Pictures are 64 x 64 pixels; an object lies in the middle
-of its half of the picture, with a little jitter.
+"a red circle above a blue square on a white background". Pictures are 64 x 64 pixels; an object lies in the
+middle of its half of the picture, with a little jitter.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def parse(caption: str) -> Scene:
     """The scene of a caption of this grammar; ValueError for any other text."""
     scene = _by_caption().get(" ".join(caption.lower().split()))
     if scene is None:
-        raise ValueError(f"not a caption of the tiny grammar: {caption!r}; one is {all_scenes()[0].caption!r}")
+        example = all_scenes()[0].caption
+        raise ValueError(f"not a caption of the tiny grammar: {caption!r}; one is {example!r}")
     return scene
 
 
@@ -122,9 +123,8 @@ def half_of(relation: str, which: str) -> tuple[slice, slice]:
     return (part, slice(0, SIZE)) if relation in ("above", "below") else (slice(0, SIZE), part)
 
 
-def _draw_thing(draw: ImageDraw.ImageDraw, thing: Thing, x: float, y: float, radius: float, scale: int) -> None:
+def _draw_thing(draw: ImageDraw.ImageDraw, thing: Thing, x: float, y: float, r: float) -> None:
     fill = COLOURS[thing.colour]
-    x, y, r = x * scale, y * scale, radius * scale
     if thing.shape == "circle":
         draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
     elif thing.shape == "square":
@@ -137,7 +137,7 @@ def _draw_thing(draw: ImageDraw.ImageDraw, thing: Thing, x: float, y: float, rad
 def draw_scene(scene: Scene, rng: random.Random, only: str | None = None) -> Image.Image:
     """A 64 x 64 RGB picture of `scene`: radius 12-14 px, jitter 1 px along the relation and 2 px across it.
 
-    `only` ("first" or "second") leaves the other object out. The random numbers drawn from `rng` do not depend on it.
+    `only` ("first" or "second") leaves the other object out and moves nothing.
     """
     scale = 4  # drawn larger and averaged down, so that edges are smooth
     canvas = Image.new("RGB", (SIZE * scale, SIZE * scale), BACKGROUNDS[scene.background])
@@ -150,7 +150,7 @@ def draw_scene(scene: Scene, rng: random.Random, only: str | None = None) -> Ima
         y = (rows.start + rows.stop) / 2 + (along if upright else across)
         radius = rng.uniform(12, 14)
         if only in (None, which):
-            _draw_thing(draw, thing, x, y, radius, scale)
+            _draw_thing(draw, thing, x * scale, y * scale, radius * scale)
     return canvas.resize((SIZE, SIZE), Image.Resampling.BOX)
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import psutil
 import pytest
 
 pytestmark = pytest.mark.distributed
@@ -41,10 +42,9 @@ LAUNCHERS = {
         sys.executable,
         "-m",
         "torch.distributed.run",
+        "--standalone",
         "--nproc-per-node",
         "2",
-        "--master-port",
-        "0",
     ],
     "mpiexec": ["mpiexec", "-n", "2"],
 }
@@ -112,8 +112,10 @@ def run_processes(command: list[str], environs: list[Mapping[str, str]]) -> tupl
         outputs = [p.communicate(timeout=max(1.0, start + 60 - time.monotonic()))[0] for p in processes]
     finally:
         for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, 9)
+            if process.poll() is None:  # launchers put ranks into sessions of their own
+                family = psutil.Process(process.pid)
+                for member in [*family.children(recursive=True), family]:
+                    member.kill()
                 process.wait()
     return [p.returncode for p in processes], "".join(outputs), time.monotonic() - start
 
