@@ -153,7 +153,7 @@ def _agree_on(pipeline: Any, config: Config, job: Job) -> None:
     sample = [p.detach().flatten()[:8].float().cpu() for p in pipeline.transformer.parameters() if not p.is_meta]
     given = {field.name: repr(getattr(config, field.name)) for field in fields(config)}
     shape = {name: repr(value) for name, value in sorted(pipeline.transformer.config.items()) if name[0] != "_"}
-    given |= {"pipeline": type(pipeline).__name__, "transformer": shape, "weights": torch.cat(sample)}
+    given |= {"pipeline": type(pipeline).__name__, "transformer": shape, "weights": sample}
     assert job.host_group is not None
     agree(given | {"device type": job.device.type}, job.host_group, "cocodiff.wrap")
 

@@ -1,7 +1,7 @@
 """Muon for small models on CPUs: momentum whose matrix updates are orthogonalised, in float32.
 
 The same update as `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`. That one iterates in bfloat16, which a
-CPU without bfloat16 instructions emulates hundreds of times more slowly, and one matrix at a time; here matrices of
+CPU without bfloat16 instructions emulates hundreds of times more slowly, and matrix by matrix; here those of
 one shape go together.
 """
 

@@ -58,7 +58,9 @@ class Guard:
         self._inside = False
         self._closed = False
         self._last_failed = False
-        # The last call that this rank has told rank 0 it needs the store no more for.
+        # What the thread has heard of a call from the others: a failure, or None for "rank 0 finished and exits".
+        self._heard: tuple[int, str | None] = (0, None)
+        # The last call for which this rank has told rank 0 that it needs the store no more.
         self._released_call = 0
 
     @contextmanager
@@ -181,20 +183,19 @@ class Guard:
     def _news(self, call: int) -> str | None:
         """What went wrong elsewhere in this call, if anything did."""
         assert self._link is not None
+        if self._heard[0] == call:  # and never ask again: the store may go
+            return self._heard[1]
         try:
             if self._link.check([f"failed/{call}"]):
+                self._heard = call, self._link.get(f"failed/{call}").decode(errors="replace")
                 self._release(call)
-                return self._link.get(f"failed/{call}").decode(errors="replace")
-            if self._released_call != call and self._link.check([f"finished/{call}"]):
+            elif self._link.check([f"finished/{call}"]):
+                self._heard = call, None
                 self._release(call)
-            return None
         except Exception:
-            # Rank 0 ended. If it finished this very call before, then nothing is wrong.
-            return (
-                None
-                if self._released_call == call
-                else "the run's store is gone: rank 0, or its launcher, ended"
-            )
+            if self._heard[0] != call:
+                return "the run's store is gone: rank 0, or its launcher, ended"
+        return self._heard[1] if self._heard[0] == call else None
 
     def _release(self, call: int) -> None:
         assert self._link is not None

@@ -4,8 +4,9 @@
 
     image = tiny_pipeline()("a red circle above a blue square on a white background").images[0]
 
-It draws 64 x 64 pictures of two coloured shapes, fast enough for a CPU. `cocodiff.tiny.pictures` has the captions'
-grammar, `cocodiff.tiny.check` judges a picture against its caption, `scripts/train_tiny.py` trains it from nothing.
+It draws 64 x 64 pictures of two coloured shapes, fast enough for a CPU. `cocodiff.tiny.pictures` has the
+captions' grammar, `cocodiff.tiny.check` judges a picture against its caption, `scripts/train_tiny.py` trains
+everything from nothing.
 """
 
 from __future__ import annotations

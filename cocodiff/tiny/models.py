@@ -1,8 +1,8 @@
 """The components of the tiny FLUX pipelines, built from configs alone, and their weights on disk.
 
 About 5.6 M parameters: a `FluxTransformer2DModel` (2 double + 4 single blocks, 8 heads x 24), an
-`AutoencoderKL` that halves height and width, and frozen random text encoders. A 64 x 64 picture is 32 x 32 latents,
-256 image tokens.
+`AutoencoderKL` that halves height and width, and frozen random text encoders. A 64 x 64 picture is 32 x 32
+latents, 256 image tokens.
 """
 
 from __future__ import annotations
@@ -195,8 +195,8 @@ def _transformer() -> FluxTransformer2DModel:
 def build_components(scaling_factor: float = 1.0, shift_factor: float = 0.0, seed: int = 0) -> dict[str, Any]:
     """All components of a FLUX pipeline, by the pipeline's argument names, with random weights from `seed`.
 
-    The scheduler neither shifts sigmas nor adapts them to the resolution, as in the transformer's training. The
-    caller's random state is left as it was.
+    The scheduler neither shifts sigmas nor adapts them to the resolution, as in the transformer's training.
+    The caller's random state is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -180,7 +180,8 @@ def inpaint_case(index: int) -> InpaintCase:
             rng.choice([shape for shape in SHAPES if shape != asked.shape]),
             rng.choice([colour for colour in COLOURS if colour != asked.colour]),
         )
-        image = draw_scene(replace(scene, **{which: wrong}), rng)
+        before = replace(scene, first=wrong) if which == "first" else replace(scene, second=wrong)
+        image = draw_scene(before, rng)
     mask = np.zeros((SIZE, SIZE), np.uint8)
     mask[half_of(scene.relation, which)] = 255
     return InpaintCase(scene, image, Image.fromarray(mask), which)

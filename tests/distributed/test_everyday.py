@@ -1,0 +1,204 @@
+"""What users combine with a pipeline: it works and is tested, or it is refused with the reason. Nothing silently local."""
+
+import pytest
+import torch
+
+from tests.distributed.ranks import run_ranks
+from tests.pipelines import flux_call, flux_pipeline, relative_error
+
+LIMIT = 1e-5
+
+
+def _add_lora(pipe):
+    from peft import LoraConfig
+
+    targets = ["to_q", "to_k", "to_v", "to_out.0", "add_v_proj", "proj_mlp", "proj_out"]
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False), "style")
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in pipe.transformer.named_parameters():
+        if "lora" in name:
+            parameter.data.normal_(std=0.2, generator=generator)
+
+
+def _fuse(pipe):
+    pipe.transformer.fuse_qkv_projections()
+
+
+def _offload(pipe):
+    from accelerate import cpu_offload
+
+    for part in (pipe.transformer, pipe.vae):
+        cpu_offload(part, execution_device=torch.device("cpu"))
+
+
+def _group_offload(pipe):
+    from diffusers.hooks import apply_group_offloading
+
+    cpu = torch.device("cpu")
+    apply_group_offloading(pipe.transformer, onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+
+
+def _backend(pipe):
+    pipe.transformer.set_attention_backend("_native_math")
+
+
+ADDITIONS = {"lora": _add_lora, "fused": _fuse, "offload": _offload, "group offload": _group_offload, "backend": _backend}
+
+
+def _with(name):
+    """Errors with an addition made before, and after, wrapping; and how far it moves the picture by itself."""
+    import cocodiff
+
+    add = ADDITIONS[name]
+    plain = flux_pipeline()(**flux_call("text2image")).images
+    alone = flux_pipeline()
+    add(alone)
+    reference = alone(**flux_call("text2image")).images
+    before = flux_pipeline()
+    add(before)
+    cocodiff.wrap(before)
+    after = cocodiff.wrap(flux_pipeline())
+    add(after)
+    errors = [relative_error(pipe(**flux_call("text2image")).images, reference) for pipe in (before, after)]
+    return errors, relative_error(plain, reference)
+
+
+@pytest.mark.parametrize("name", ADDITIONS)
+def test_additions_before_and_after_wrapping(name):
+    for errors, moved in run_ranks(2, _with, name):
+        assert max(errors) < LIMIT, errors
+        if name == "lora":
+            assert moved > 0.01  # the control: without it the picture is another
+
+
+def _backend_calls():
+    import cocodiff
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    name, calls = AttentionBackendName("_native_math"), []
+    function = _AttentionBackendRegistry._backends[name]
+    _AttentionBackendRegistry._backends[name] = lambda **kwargs: (calls.append(1), function(**kwargs))[1]
+    pipe = cocodiff.wrap(flux_pipeline())
+    pipe.transformer.set_attention_backend("_native_math")
+    pipe(**flux_call("text2image"))
+    return len(calls)
+
+
+def test_the_attention_backend_is_honoured():
+    assert all(calls >= 2 * 3 * 4 for calls in run_ranks(2, _backend_calls))  # two branches, three steps, four layers
+
+
+def _refusals():
+    import cocodiff
+    from diffusers import FirstBlockCacheConfig
+
+    def refused(change, before):
+        pipe = flux_pipeline()
+        if before:
+            change(pipe)
+        with pytest.raises(cocodiff.CocodiffError) as caught:
+            cocodiff.wrap(pipe)
+            change(pipe)
+            pipe(**flux_call("text2image"))
+        return str(caught.value)
+
+    def compile_blocks(pipe):
+        pipe.transformer.compile_repeated_blocks()
+
+    def quantise(pipe):
+        pipe.transformer.hf_quantizer = object()
+
+    changes = {
+        "step cache": lambda pipe: pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1)),
+        "compiled": lambda pipe: pipe.transformer.compile(),
+        "blocks compiled": compile_blocks,
+        "quantised": quantise,
+    }
+    said = {(name, before): refused(change, before) for name, change in changes.items() for before in (True, False)}
+
+    def replace(pipe):
+        pipe.transformer = torch.compile(pipe.transformer)
+
+    said["compiled copy", False] = refused(replace, False)
+    pipe = cocodiff.wrap(flux_pipeline())
+    with pytest.raises(cocodiff.CocodiffError) as caught:
+        pipe(**flux_call("text2image"), joint_attention_kwargs={"ip_adapter_image_embeds": [torch.ones(1)]})
+    said["ip-adapter", False] = str(caught.value)
+    return said
+
+
+def test_what_cannot_work_is_refused_with_the_reason():
+    everyone = run_ranks(2, _refusals)
+    words = {"step cache": "hang", "compiled": "compile", "blocks compiled": "compile", "quantised": "tensor"}
+    words |= {"compiled copy": "replaced", "ip-adapter": "IP-Adapter"}
+    for said in everyone:
+        assert said == everyone[0]
+        for (name, _), text in said.items():
+            assert words[name] in text, (name, text)
+
+
+def _shared_transformer():
+    """from_pipe: two wrapped pipelines over one transformer, and the class form of wrap."""
+    import cocodiff
+    import diffusers
+
+    alone = flux_pipeline("img2img")(**flux_call("img2img")).images
+    pipe = cocodiff.wrap(flux_pipeline())
+    both = cocodiff.wrap(diffusers.FluxImg2ImgPipeline).from_pipe(pipe)
+    errors = [relative_error(both(**flux_call("img2img")).images, alone)]
+    text = pipe(**flux_call("text2image")).images
+    cocodiff.unwrap(pipe)
+    errors.append(relative_error(both(**flux_call("img2img")).images, alone))
+    cocodiff.unwrap(both)
+    assert "forward" not in vars(pipe.transformer)
+    assert torch.equal(both(**flux_call("img2img")).images, alone)
+    assert relative_error(pipe(**flux_call("text2image")).images, text) < LIMIT
+    parts = {name: part for name, part in flux_pipeline().components.items()}
+    made = cocodiff.wrap(diffusers.FluxPipeline, schedule="sequential")(**parts)
+    errors.append(relative_error(made(**flux_call("text2image")).images, text))
+    assert made.cocodiff.config.schedule == "sequential"
+    return errors
+
+
+def test_pipelines_that_share_a_transformer_and_the_class_form():
+    for errors in run_ranks(2, _shared_transformer):
+        assert max(errors) < LIMIT, errors
+
+
+def _saved_and_loaded(folder):
+    import cocodiff
+    import diffusers
+
+    none = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    pipe = cocodiff.wrap(diffusers.FluxPipeline).from_pretrained(folder, **none)
+    return type(pipe).__name__, pipe.cocodiff.world_size, pipe(**flux_call("text2image")).images
+
+
+def test_from_pretrained_of_the_class_form(tmp_path):
+    pipe = flux_pipeline()
+    pipe.save_pretrained(tmp_path)
+    wanted = pipe(**flux_call("text2image")).images
+    for name, ranks, latents in run_ranks(2, _saved_and_loaded, str(tmp_path)):
+        assert (name, ranks) == ("FluxPipeline", 2)
+        assert relative_error(latents, wanted) < LIMIT
+
+
+def _progress(capture):
+    import contextlib
+    import io
+
+    import cocodiff
+
+    pipe = flux_pipeline()
+    pipe.set_progress_bar_config(disable=False)
+    cocodiff.wrap(pipe)
+    printed = io.StringIO()
+    with contextlib.redirect_stderr(printed):
+        pipe(**flux_call("text2image"))
+    assert pipe._progress_bar_config == {"disable": False}
+    return bool(printed.getvalue()), pipe.cocodiff.is_main
+
+
+def test_progress_bars_on_rank_zero_only():
+    for shown, is_main in run_ranks(2, _progress, None):
+        assert shown == is_main

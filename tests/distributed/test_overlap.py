@@ -1,0 +1,144 @@
+"""Overlap is shown by the order of events in a real run, never by time.
+
+Exchanges are slowed by gates: a stretch of compute may not begin before the exchange that should span it has begun, and
+that exchange may not end before the compute has ended. Under a schedule that overlaps, every gate opens. Under one that
+does not, gates open only because patience ends, and the recorded order shows it.
+"""
+
+import threading
+from collections import Counter
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from tests.distributed.ranks import run_ranks
+from tests.pipelines import flux_call, flux_pipeline
+
+PATIENCE_SECONDS = 1.0
+# What lies under what, in a single block: (exchange, occurrence) spans (compute, occurrence) .. (compute, occurrence).
+SPANS = {
+    ("v", 0): (("k", 0), ("q", 0)),
+    ("q", 0): (("beside", 0), ("beside", 0)),
+    ("o", 0): (("attend", 1), ("beside", 1)),
+}
+
+
+class Gates:
+    """Events by (label, occurrence), for exchanges that have begun and for compute that has ended."""
+
+    def __init__(self):
+        self.active = False
+        self.seen = {"exchange": Counter(), "compute": Counter()}
+        self.begun = {exchange: threading.Event() for exchange in SPANS}
+        self.ended = {last: threading.Event() for _, last in SPANS.values()}
+
+    def occurrence(self, kind, label):
+        self.seen[kind][label] += 1
+        return label, self.seen[kind][label] - 1
+
+    def exchange(self, label, work):
+        def gated(x):
+            if not self.active:
+                return work(x)
+            key = self.occurrence("exchange", label)
+            if key in SPANS:
+                self.begun[key].set()
+                self.ended[SPANS[key][1]].wait(PATIENCE_SECONDS)
+            return work(x)
+
+        return gated
+
+    @contextmanager
+    def compute(self, label, span):
+        key = self.occurrence("compute", label) if self.active else None
+        for exchange, (first, _) in SPANS.items():
+            if key == first:
+                self.begun[exchange].wait(PATIENCE_SECONDS)
+        with span(label):
+            yield
+        if key in self.ended:
+            self.ended[key].set()
+
+
+def _record(schedule):
+    """The marks of the last single block of one forward on this rank."""
+    import cocodiff
+    from cocodiff.timeline import Timeline
+
+    level = cocodiff.Level("slow", 2, 1.0, 1e-6)  # no latency to speak of: outputs go in pieces
+    pipe = cocodiff.wrap(flux_pipeline(), schedule=schedule, exchange="flat", cluster=cocodiff.Cluster("test", (level,)))
+    engine, gates = pipe.cocodiff.engine, Gates()
+    lane = engine._outer_lane
+    lane.timeline = engine.timeline = Timeline()
+    span, submit = engine.span, lane.submit
+    engine.span = lambda label: gates.compute(label, span)
+    lane.submit = lambda work, source, label: submit(gates.exchange(label, work), source, label)
+
+    block = pipe.transformer.single_transformer_blocks[-1]
+    forward = block.forward
+
+    def last_block(*args, **kwargs):
+        engine.timeline.marks.clear()
+        gates.active = True
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            gates.active = False
+
+    block.forward = last_block
+    call = flux_call("text2image", height=20, width=20)
+    pipe(**{**call, "num_inference_steps": 1, "true_cfg_scale": 1.0})
+    return [(mark.kind, mark.lane, mark.label) for mark in engine.timeline.marks]
+
+
+def _spanned(marks):
+    """For each of SPANS: whether the exchange began before, and ended after, the compute it should lie over."""
+
+    def at(kind, lane, label, occurrence):
+        found = [i for i, mark in enumerate(marks) if mark == (kind, lane, label)]
+        return found[occurrence] if occurrence < len(found) else None
+
+    result = {}
+    for exchange, (first, last) in SPANS.items():
+        order = [
+            at("begin", "slow", *exchange),
+            at("begin", "compute", *first),
+            at("end", "compute", *last),
+            at("end", "slow", *exchange),
+        ]
+        result[exchange] = None not in order and order == sorted(order)
+    return result
+
+
+def test_v_first_overlaps():
+    for marks in run_ranks(2, _record, "v_first"):
+        assert all(_spanned(marks).values()), (_spanned(marks), marks)
+
+
+def test_sequential_does_not():
+    for marks in run_ranks(2, _record, "sequential"):
+        assert not any(_spanned(marks).values()), (_spanned(marks), marks)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_lane_keeps_order_and_delivers_errors(fails):
+    from cocodiff.lanes import ThreadLane
+
+    lane, seen = ThreadLane("lane", None), []
+
+    def work(x):
+        seen.append(x.item())
+        if fails and x.item() == 1:
+            raise ValueError("on purpose")
+        return x + 1
+
+    tickets = [lane.submit(work, torch.tensor(float(i)), "work") for i in range(3)]
+    if fails:
+        with pytest.raises(ValueError, match="on purpose"):
+            tickets[1].wait()
+    assert [tickets[i].wait().item() for i in (0, 2)] == [1.0, 3.0]
+    assert seen == [0.0, 1.0, 2.0]
+    chained = lane.submit(work, lane.submit(work, torch.tensor(5.0), "first"), "second")
+    assert chained.wait().item() == 7.0
+    lane.close()
