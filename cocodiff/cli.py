@@ -20,8 +20,7 @@ def main() -> None:
     try:
         app()
     except CocodiffError as error:
-        rank = next((os.environ[name] for name in ("RANK", "PMI_RANK", "PALS_RANKID") if name in os.environ), None)
-        print(f"cocodiff{'' if rank is None else f' (rank {rank})'}: {error}", file=sys.stderr)
+        print(f"cocodiff{_rank_words()}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -37,7 +36,9 @@ def generate(
     image: Annotated[Path | None, typer.Option(help="Start from this picture (image to image, inpainting).")] = None,
     mask: Annotated[Path | None, typer.Option(help="White where to paint (inpainting).")] = None,
     out: Annotated[Path, typer.Option(help="Where rank 0 saves the picture.")] = Path("out.png"),
-    ranks: Annotated[int | None, typer.Option(min=1, help="Start so many local ranks; else join the launcher's.")] = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Start so many local ranks; else join the launcher's.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; tiny runs in float32.")] = "bfloat16",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, xpu; the local accelerator if left out.")] = None,
     exchange: str = "auto",
@@ -48,6 +49,8 @@ def generate(
     """Draw one picture on all ranks."""
     if ranks is not None:
         raise SystemExit(_start_ranks(ranks))
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of parts that are not used here, per rank
+    from cocodiff.launch import discover
     from cocodiff.wrap import wrap
 
     call: dict[str, Any] = dict(prompt=prompt, height=height, width=width, num_inference_steps=steps, output_type="np")
@@ -59,7 +62,7 @@ def generate(
     if not out.parent.is_dir():
         raise ConfigError(f"--out {out}: there is no folder {out.parent}.")
     pipe = _load(model, dtype, "inpaint" if mask else "img2img" if image else "text2image")
-    alone = _draw(pipe, call, seed) if compare and os.environ.get("RANK", "0") == "0" else None
+    alone = _draw(pipe, call, seed) if compare and discover(os.environ).rank == 0 else None
     wrap(pipe, device=device, exchange=exchange, schedule=schedule, cluster=cluster)
     picture = _draw(pipe, call, seed)
     if not pipe.cocodiff.is_main:
@@ -80,6 +83,17 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Machine readable."
     findings, is_main = diagnose()
     if is_main:
         print(render(findings, as_json=json))
+
+
+def _rank_words() -> str:
+    """ " (rank 3)" where this process is one of several."""
+    from cocodiff.launch import discover
+
+    try:
+        ranks = discover(os.environ)
+    except CocodiffError:
+        return ""
+    return f" (rank {ranks.rank})" if ranks.world_size > 1 else ""
 
 
 def _start_ranks(ranks: int) -> int:

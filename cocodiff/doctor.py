@@ -70,7 +70,9 @@ def render(findings: dict[str, Any], *, as_json: bool) -> str:
                 lines.extend("  " * (depth + 1) + ", ".join(f"{k} {v}" for k, v in part.items()) for part in item)
             else:
                 text = ", ".join(map(str, item)) if isinstance(item, list) else item
-                lines.append(f"{'  ' * depth}{name:<{max(1, 24 - 2 * depth)}} {text if text not in ('', None) else '-'}")
+                lines.append(
+                    f"{'  ' * depth}{name:<{max(1, 24 - 2 * depth)}} {text if text not in ('', None) else '-'}"
+                )
 
     add(findings, 0)
     return "\n".join(lines)

@@ -1,10 +1,10 @@
 """Errors a user can meet, in one tree.
 
-    CocodiffError
-    ├── ConfigError    (ValueError)    a field, a cluster or a pipeline that cannot work, with its numbers
-    ├── MismatchError  (ValueError)    ranks that should agree do not: which field, which ranks
-    ├── LaunchError    (RuntimeError)  ranks that cannot find each other, or a backend that cannot serve
-    └── PatchError     (RuntimeError)  a wrapped pipeline that is no longer what `wrap` made of it
+CocodiffError
+├── ConfigError    (ValueError)    a field, a cluster or a pipeline that cannot work, with its numbers
+├── MismatchError  (ValueError)    ranks that should agree do not: which field, which ranks
+├── LaunchError    (RuntimeError)  ranks that cannot find each other, or a backend that cannot serve
+└── PatchError     (RuntimeError)  a wrapped pipeline that is no longer what `wrap` made of it
 """
 
 from __future__ import annotations

@@ -35,7 +35,9 @@ class Patches:
             if before is _ABSENT and holder == name:
                 delattr(instance, name)
             else:
-                setattr(instance, holder, getattr(type(instance), name).__get__(instance) if before is _ABSENT else before)
+                setattr(
+                    instance, holder, getattr(type(instance), name).__get__(instance) if before is _ABSENT else before
+                )
         self._done.clear()
 
     @staticmethod

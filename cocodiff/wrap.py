@@ -59,7 +59,9 @@ class Attachment:
         return self.job.device
 
 
-def wrap(pipeline: Any, config: Config | None = None, *, device: str | torch.device | None = None, **settings: Any):
+def wrap(
+    pipeline: Any, config: Config | None = None, *, device: str | torch.device | None = None, **settings: Any
+) -> Any:
     """Make a diffusers pipeline run over all ranks of this run; every rank gets the picture one device would draw.
 
     Args:
@@ -88,7 +90,9 @@ def wrap(pipeline: Any, config: Config | None = None, *, device: str | torch.dev
     attachment = vars(pipeline).get("cocodiff")
     if isinstance(attachment, Attachment):
         if attachment.config != config:
-            raise ConfigError("this pipeline is wrapped already, with other settings. Call cocodiff.unwrap(pipe) first.")
+            raise ConfigError(
+                "this pipeline is wrapped already, with other settings. Call cocodiff.unwrap(pipe) first."
+            )
         return pipeline
     family_of(type(pipeline))
     return _attach(pipeline, config, start_job(device), owns_job=True)
@@ -127,8 +131,17 @@ class WrappedClass:
         return _attach(self.pipeline_class(*args, **kwargs), self._config, self._job, owns_job=False)
 
     def _load(self, constructor: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+        from diffusers.utils import logging
+
+        quiet = logging.is_progress_bar_enabled() and not self._job.is_main
         with self._job.watched(f"{self.pipeline_class.__name__}.{constructor}"):
-            pipeline = getattr(self.pipeline_class, constructor)(*args, **kwargs)
+            if quiet:
+                logging.disable_progress_bar()
+            try:
+                pipeline = getattr(self.pipeline_class, constructor)(*args, **kwargs)
+            finally:
+                if quiet:
+                    logging.enable_progress_bar()
         return _attach(pipeline, self._config, self._job, owns_job=False)
 
 
@@ -151,7 +164,7 @@ def _attach(pipeline: Any, config: Config, job: Job, *, owns_job: bool) -> Any:
 def _agree_on(pipeline: Any, config: Config, job: Job) -> None:
     """Same pipeline, same settings, same weights (a sample of each parameter) on every rank."""
     sample = [p.detach().flatten()[:8].float().cpu() for p in pipeline.transformer.parameters() if not p.is_meta]
-    given = {field.name: repr(getattr(config, field.name)) for field in fields(config)}
+    given: dict[str, Any] = {field.name: repr(getattr(config, field.name)) for field in fields(config)}
     shape = {name: repr(value) for name, value in sorted(pipeline.transformer.config.items()) if name[0] != "_"}
     given |= {"pipeline": type(pipeline).__name__, "transformer": shape, "weights": sample}
     assert job.host_group is not None
@@ -173,7 +186,9 @@ def _install(pipeline: Any, attachment: Attachment) -> None:
 
 
 def _make_door(transformer: Any, family: Family, config: Config, job: Job) -> Door:
-    if any(type(m.processor).__module__.startswith("cocodiff.") for m in transformer.modules() if hasattr(m, "processor")):
+    if any(
+        type(m.processor).__module__.startswith("cocodiff.") for m in transformer.modules() if hasattr(m, "processor")
+    ):
         raise PatchError("this transformer is wrapped already, but its forward was replaced. unwrap it first.")
     assert job.host_group is not None
     cluster, _ = load_cluster(config.cluster, job.hosts, job.device.type)
@@ -191,7 +206,7 @@ def _make_door(transformer: Any, family: Family, config: Config, job: Job) -> Do
 
 
 def _subclass(base: type) -> type:
-    """The pipeline's class with a call of ours: diffusers looks `__call__` up on the type, so an attribute is no use."""
+    """The pipeline's class with a call of ours: diffusers looks `__call__` up on the type, not on the instance."""
     original: Callable = base.__call__  # type: ignore[operator]
     signature = inspect.signature(original)
 
@@ -212,11 +227,11 @@ def _running(pipeline: Any, given: dict[str, Any]) -> Iterator[None]:
     job, door, group = attachment.job, attachment.door, attachment.job.host_group
     assert door is not None and group is not None
     with job.watched(f"a call of {type(pipeline).__name__}"):
-        if vars(pipeline.transformer).get("forward") is not door and pipeline.transformer is not door.transformer:
+        if pipeline.transformer is not door.transformer:
             raise PatchError("pipe.transformer was replaced after cocodiff.wrap: unwrap(pipe) and wrap(pipe) again.")
         place = torch.device(pipeline._execution_device)
         if place.type != job.device.type or place.index not in (None, job.device.index):
-            raise PatchError(f"the pipeline is on {place}, this rank's device is {job.device}: do not move it after wrap.")
+            raise PatchError(f"the pipeline is on {place}, but this rank's device is {job.device}: do not move it.")
         agree(given, group, f"the call of {type(pipeline).__name__}")
         share_random_state(job.device, group)
         bars = getattr(pipeline, "_progress_bar_config", None)

@@ -82,9 +82,7 @@ def _tile(sheet: Image.Image, image: Image.Image, x: int, y: int, frame: tuple[i
     sheet.paste(image.resize((_TILE, _TILE), Image.Resampling.NEAREST), (x, y))
 
 
-def draw_contact_sheet(
-    results: list[tuple[Scene, Image.Image, Verdict]], path: Path, columns: int = 8
-) -> None:
+def draw_contact_sheet(results: list[tuple[Scene, Image.Image, Verdict]], path: Path, columns: int = 8) -> None:
     """All pictures with their captions; a green frame for right, a red one for wrong."""
     width, height = _TILE + 20, _TILE + _TEXT_HEIGHT + 14
     sheet = Image.new("RGB", (width * columns, height * -(-len(results) // columns)), "white")
@@ -95,9 +93,7 @@ def draw_contact_sheet(
     _save(sheet, path)
 
 
-def draw_inpaint_sheet(
-    results: list[tuple[InpaintCase, Image.Image, Verdict]], path: Path, columns: int = 4
-) -> None:
+def draw_inpaint_sheet(results: list[tuple[InpaintCase, Image.Image, Verdict]], path: Path, columns: int = 4) -> None:
     """Pairs of pictures: before, with the mask drawn over it in stripes, and after."""
     width, height = 2 * _TILE + 32, _TILE + _TEXT_HEIGHT + 14
     sheet = Image.new("RGB", (width * columns, height * -(-len(results) // columns)), "white")

@@ -194,6 +194,8 @@ def train_transformer(pipe: Any, latents: Tensor, scenes: Tensor, args: argparse
     trainer = Trainer(pipe.transformer)
     path = args.work_dir / "checkpoint.safetensors"
     before = trainer.restore(path) if path.exists() else 0.0
+    if args.compile:
+        trainer.transformer.compile()
     start, losses = time.monotonic(), []
     while trainer.step < args.steps:
         generator = torch.Generator().manual_seed(1000 + trainer.step)  # resuming changes nothing
@@ -282,6 +284,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=12000)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--save-every", type=int, default=200)
+    parser.add_argument("--compile", action="store_true", help="torch.compile the transformer: needs a C++ compiler")
     parser.add_argument("--bfloat16", action="store_true", help="bfloat16 autocast, for CPUs that have it")
     parser.add_argument("--evaluate", action="store_true", help="score the weights, train nothing")
     args = parser.parse_args()

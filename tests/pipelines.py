@@ -12,7 +12,9 @@ TASKS = ("text2image", "img2img", "inpaint", "fill", "kontext")
 TEXT_WIDTH, POOLED_WIDTH = 24, 20
 
 
-def flux_pipeline(task: str = "text2image", *, heads: int = 8, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+def flux_pipeline(
+    task: str = "text2image", *, heads: int = 8, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Any:
     """One of the five FLUX pipelines, without text encoders (prompts are embeddings)."""
     import diffusers
 
@@ -61,7 +63,9 @@ def flux_pipeline(task: str = "text2image", *, heads: int = 8, dtype: torch.dtyp
     return pipe
 
 
-def flux_call(task: str, *, height: int = 36, width: int = 28, text_len: int = 7, batch: int = 1, seed: int = 0) -> dict:
+def flux_call(
+    task: str, *, height: int = 36, width: int = 28, text_len: int = 7, batch: int = 1, seed: int = 0
+) -> dict:
     """Arguments for one call: odd sizes and an odd prompt unless said otherwise; a latent comes back."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -99,3 +103,28 @@ def flux_call(task: str, *, height: int = 36, width: int = 28, text_len: int = 7
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
     return ((value.double() - reference.double()).norm() / reference.double().norm()).item()
+
+
+def controlnet_pipeline() -> Any:
+    """FluxControlNetPipeline; the ControlNet's output layers, zero when made, are filled."""
+    import diffusers
+
+    parts = flux_pipeline().components
+    torch.manual_seed(7)
+    controlnet = diffusers.FluxControlNetModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=12,
+        num_attention_heads=8,
+        joint_attention_dim=TEXT_WIDTH,
+        pooled_projection_dim=POOLED_WIDTH,
+        axes_dims_rope=(4, 4, 4),
+    )
+    with torch.no_grad():
+        for parameter in controlnet.parameters():
+            parameter.normal_(std=0.15)
+    names = ("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "transformer")
+    pipe = diffusers.FluxControlNetPipeline(**{name: parts[name] for name in names}, controlnet=controlnet)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

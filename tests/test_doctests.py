@@ -7,7 +7,7 @@ import importlib
 
 import pytest
 
-from tests.test_imports import read_sources
+from tests.house import read_sources
 
 WITH_EXAMPLES = [module for module, (source, _) in read_sources().items() if ">>> " in source]
 

@@ -56,9 +56,7 @@ print(json.dumps({
 
 
 def run(*command: str | Path, cwd: Path, **variables: str) -> str:
-    env = {
-        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PIP_TARGET")
-    } | variables
+    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PIP_TARGET")} | variables
     done = subprocess.run(
         [str(part) for part in command], cwd=cwd, env=env, capture_output=True, text=True, timeout=280
     )
@@ -111,9 +109,7 @@ def test_wheel_holds_everything_and_nothing_else(wheel: Path) -> None:
     installed = {name for name in names if ".dist-info/" not in name}
     assert {"cocodiff/kernels/__init__.py", "cocodiff/tiny/weights/transformer.safetensors"} <= installed
     assert installed == expected_files()
-    assert {name.split("/")[0] for name in installed} == {"cocodiff"}, (
-        "only one top-level name, above all no kernels"
-    )
+    assert {name.split("/")[0] for name in installed} == {"cocodiff"}, "only one top-level name, above all no kernels"
     assert any(name.endswith("LICENSE") for name in names)
 
 

@@ -8,6 +8,7 @@ The bytes over slow links are those of a flat exchange; messages are fewer and l
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -40,7 +41,7 @@ class StagedExchange:
         """Send a buffer packed in `self.order`; the ticket gives what arrived, in rank order, one-dimensional."""
         source: Tensor | Ticket = send
         for stage in staged_plan(traffic, self._sizes, self._rank):
-            source = self._lanes[stage.level].submit(lambda x, s=stage: self._run(s, x), source, label)
+            source = self._lanes[stage.level].submit(partial(self._run, stage), source, label)
         assert not isinstance(source, Tensor), "a staged exchange needs a level of more than one rank"
         return source
 

@@ -33,9 +33,7 @@ def local_device(requested: str | torch.device | None, ranks: Ranks) -> torch.de
     try:
         device = torch.device(requested)
     except (RuntimeError, TypeError) as error:
-        raise LaunchError(
-            f"device {requested!r} is no torch device ({error}): give cuda, xpu or cpu"
-        ) from error
+        raise LaunchError(f"device {requested!r} is no torch device ({error}): give cuda, xpu or cpu") from error
     if device.type == "cpu":
         return torch.device("cpu")
     api, num_devices = _visible_devices(device.type)
@@ -86,9 +84,7 @@ def choose_backend(device_type: str) -> tuple[str, str]:
             return "gloo", "cpu tensors travel with gloo"
         if dist.is_mpi_available():
             return "mpi", f"torch {version} has no gloo but was built with MPI"
-        raise LaunchError(
-            f"torch {version} has neither gloo nor MPI for cpu tensors: install a build with gloo"
-        )
+        raise LaunchError(f"torch {version} has neither gloo nor MPI for cpu tensors: install a build with gloo")
     raise LaunchError(f"no torch.distributed backend carries {device_type!r} tensors: use cuda, xpu or cpu")
 
 

@@ -58,7 +58,7 @@ class Guard:
         self._inside = False
         self._closed = False
         self._last_failed = False
-        # What the thread has heard of a call from the others: a failure, or None for "rank 0 finished and exits".
+        # What the thread has heard of a call: another rank's failure, or None for "rank 0 finished, exits".
         self._heard: tuple[int, str | None] = (0, None)
         # The last call for which this rank has told rank 0 that it needs the store no more.
         self._released_call = 0

@@ -51,7 +51,6 @@ class Job:
             with self.guard.watch(what):
                 yield
 
-
     def close(self) -> None:
         """Free what this job made for itself; the default process group stays. Collective."""
         if self.guard is not None and self.host_group is not None:
@@ -80,7 +79,7 @@ def start_job(device: str | torch.device | None) -> Job:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     host_group = dist.new_group(list(range(world_size)), backend="gloo")
     hosts = _hosts(gather_json([socket.gethostname(), ranks.local_rank, ranks.launcher], host_group))
-    guard = Guard(dist.distributed_c10d._get_default_store().clone(), rank, world_size)
+    guard = Guard(dist.distributed_c10d._get_default_store(), rank, world_size)
     return Job(rank, world_size, place, ranks.launcher, hosts, backend, reason, host_group, guard)
 
 

@@ -45,9 +45,7 @@ def join(ranks: Ranks, backend: str, device: torch.device, timeout_seconds: floa
     if not name or not serves(name, device.type):
         raise LaunchError(_no_service(backend, device.type))
     if not dist.is_backend_available(backend):
-        raise LaunchError(
-            f"backend {backend!r} is not available in this torch: use choose_backend({device.type!r})"
-        )
+        raise LaunchError(f"backend {backend!r} is not available in this torch: use choose_backend({device.type!r})")
 
     store = open_store(ranks, timeout_seconds)
     if ranks.world_size > 1:
@@ -67,9 +65,7 @@ def join(ranks: Ranks, backend: str, device: torch.device, timeout_seconds: floa
             device_id=None if device.type == "cpu" else device,
         )
     except (RuntimeError, ValueError) as error:
-        raise LaunchError(
-            f"rank {ranks.rank} cannot join with backend {backend!r} on {device}: {error}"
-        ) from error
+        raise LaunchError(f"rank {ranks.rank} cannot join with backend {backend!r} on {device}: {error}") from error
     if ranks.rank == 0:
         _log.info("joined %d ranks started by %s with backend %s", ranks.world_size, ranks.launcher, backend)
 
@@ -99,9 +95,7 @@ def _by_device(backend: str) -> dict[str, str]:
 def _no_service(backend: str, device_type: str) -> str:
     names = {"cuda": "nccl", "xpu": "xccl", "cpu": "gloo"}
     name = names.get(device_type)
-    cure = (
-        f'init_process_group("cpu:gloo,{device_type}:{name}")' if device_type != "cpu" else 'backend "gloo"'
-    )
+    cure = f'init_process_group("cpu:gloo,{device_type}:{name}")' if device_type != "cpu" else 'backend "gloo"'
     return f"the process group's backend {backend!r} cannot carry {device_type} tensors" + (
         f": make it with {cure}, or leave making it to cocodiff" if name else ": use cuda, xpu or cpu"
     )

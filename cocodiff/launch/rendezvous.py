@@ -18,9 +18,7 @@ from cocodiff.launch.ranks import Ranks
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-_CURE = (
-    'pip install "cocodiff[mpi]", or set MASTER_ADDR and MASTER_PORT to an address and a free port of rank 0'
-)
+_CURE = 'pip install "cocodiff[mpi]", or set MASTER_ADDR and MASTER_PORT to an address and a free port of rank 0'
 # By the time MPI has told the address every rank is running, so that a connection is quick or never.
 _CONNECT_SECONDS = 60.0
 _ADDRESS_BYTES = 256
@@ -75,9 +73,7 @@ def _open_store_by_mpi(ranks: Ranks, timeout_seconds: float, address: str | None
     comm.Bcast(message, root=0)
     port, address = int.from_bytes(message[:2], "big"), message[2:].rstrip(b"\0").decode()
     if port == 0:
-        raise LaunchError(
-            f"rank 0 could not open a store for the others ({failure or 'see its output'}): {_CURE}"
-        )
+        raise LaunchError(f"rank 0 could not open a store for the others ({failure or 'see its output'}): {_CURE}")
     if store is None:
         try:
             store = _tcp_store(address, port, ranks)

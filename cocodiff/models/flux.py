@@ -103,9 +103,7 @@ class FluxProcessor:
         if rest is None or attention_mask is not None:
             what = "a block's forward was replaced" if rest is None else "an attention_mask was passed"
             raise PatchError(f"{what} after cocodiff.wrap: FLUX cannot run so on shards. Wrap again, last.")
-        layer = FluxLayer(
-            attn, hidden_states, encoder_hidden_states, image_rotary_emb, rest, self._attention_backend
-        )
+        layer = FluxLayer(attn, hidden_states, encoder_hidden_states, image_rotary_emb, rest, self._attention_backend)
         return attention(self._engine, layer)
 
 
@@ -222,6 +220,7 @@ FLUX = Family(
         "FluxInpaintPipeline",
         "FluxFillPipeline",
         "FluxKontextPipeline",
+        "FluxControlNetPipeline",
     ),
     streams=("text", "image"),
     lengths={"text": "encoder_hidden_states", "image": "hidden_states"},

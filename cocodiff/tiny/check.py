@@ -103,9 +103,8 @@ def _shape_mistakes(mask: NDArray[np.bool_], shape: str) -> list[str]:
     outside = int(mask.sum() - box.sum())
     overlaps = {}
     for name in SHAPES:
-        overlaps[name] = max(
-            float((box & ideal).sum() / ((box | ideal).sum() + outside)) for ideal in _outlines(name, height, width)
-        )
+        ideals = _outlines(name, height, width)
+        overlaps[name] = max(float((box & one).sum() / ((box | one).sum() + outside)) for one in ideals)
     best = max(overlaps, key=lambda name: overlaps[name])
     if best != shape:
         return [f"shape is {best}"]
@@ -118,8 +117,8 @@ def _shape_mistakes(mask: NDArray[np.bool_], shape: str) -> list[str]:
 def _outlines(shape: str, height: int, width: int) -> list[NDArray[np.bool_]]:
     """Ideal pixels, (height, width) each, of a shape that fills the box; for triangles there are several.
 
-    A triangle stands on its base. Its three sharp corners are the first thing that blurring takes away, so the box
-    may be too tight: by up to 3.5 px at the tip and by up to 2 px at either end of the base.
+    A triangle stands on its base. Its three sharp corners are the first thing that blurring takes, so the
+    box may be too tight: by up to 3.5 px at the tip and by up to 2 px at either end of the base.
     """
     y = np.arange(height)[:, None] + 0.5
     x = np.arange(width)[None, :] + 0.5 - width / 2

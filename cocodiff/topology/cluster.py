@@ -92,9 +92,7 @@ class Cluster:
             raise ConfigError(f"{where}: levels must have different names, not {names}")
         for level in self.levels[:-1]:
             if level.size is None:
-                raise ConfigError(
-                    f"{where}: only the outermost level may leave its size open, not {level.name!r}"
-                )
+                raise ConfigError(f"{where}: only the outermost level may leave its size open, not {level.name!r}")
         _check_positive(self.flat_efficiency, "flat_efficiency", where)
         if self.flat_efficiency > 1:
             raise ConfigError(f"{where}: flat_efficiency is a share of at most 1, not {self.flat_efficiency}")
@@ -120,9 +118,7 @@ class Cluster:
             if level.slow is not None:
                 flags.append(level.slow)
             else:
-                flags.append(
-                    index > 0 and level.bandwidth_gbs < _SLOW_SHARE * self.levels[index - 1].bandwidth_gbs
-                )
+                flags.append(index > 0 and level.bandwidth_gbs < _SLOW_SHARE * self.levels[index - 1].bandwidth_gbs)
         return tuple(flags)
 
     def resolve(self, num_ranks: int) -> Cluster:
@@ -133,9 +129,7 @@ class Cluster:
         does not divide the ranks that remain, or when ranks are left over beyond the outermost level.
         """
         if not _is_int(num_ranks) or num_ranks < 1:
-            raise ConfigError(
-                f"cluster {self.name!r}: the number of ranks must be at least 1, not {num_ranks!r}"
-            )
+            raise ConfigError(f"cluster {self.name!r}: the number of ranks must be at least 1, not {num_ranks!r}")
         remaining = num_ranks
         resolved: list[Level] = []
         for level in self.levels:

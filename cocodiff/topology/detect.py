@@ -56,9 +56,7 @@ def detect(hosts: Sequence[str], device_type: str) -> tuple[Cluster, str]:
     return Cluster("detected", (uniform,)), why
 
 
-def load_cluster(
-    spec: str | os.PathLike[str] | Cluster, hosts: Sequence[str], device_type: str
-) -> tuple[Cluster, str]:
+def load_cluster(spec: str | os.PathLike[str] | Cluster, hosts: Sequence[str], device_type: str) -> tuple[Cluster, str]:
     """The cluster that `spec` names, resolved for `len(hosts)` ranks, and one sentence on its source.
 
     `spec` is "auto" (see `detect`), a preset's name, a path to a JSON file (a text that ends in ".json" or
@@ -114,11 +112,7 @@ def _doubt(cluster: Cluster, hosts: Sequence[str]) -> str:
         return ""
     host, fewest = min(counts.items(), key=lambda item: (item[1], item[0]))
     if len(cluster.levels) == 1:
-        return (
-            f"this one level spans {len(counts)} hosts, so nothing is staged"
-            if max(counts.values()) > 1
-            else ""
-        )
+        return f"this one level spans {len(counts)} hosts, so nothing is staged" if max(counts.values()) > 1 else ""
     inner_ranks = cluster.num_ranks // cluster.sizes[-1]
     if inner_ranks > fewest:
         return f"levels inside a node hold {inner_ranks} ranks but host {host} runs {fewest}"

@@ -52,7 +52,9 @@ def run_ranks(world_size: int, function: Callable, *args: Any, timeout_seconds: 
     context.set_forkserver_preload(PRELOAD)
     results, port = context.Queue(), free_port()
     processes = [
-        context.Process(target=_rank_main, args=(rank, world_size, port, results, function, pickle.dumps(args)), daemon=True)
+        context.Process(
+            target=_rank_main, args=(rank, world_size, port, results, function, pickle.dumps(args)), daemon=True
+        )
         for rank in range(world_size)
     ]
     for process in processes:

@@ -33,7 +33,7 @@ def _engine(sizes, exchange="auto", schedule="v_first"):
 
 
 def _check_exchanges(all_sizes):
-    from cocodiff.exchange import Layout, gather_rows, split_sizes, to_heads, to_sequence
+    from cocodiff.exchange import Layout, split_sizes, to_heads, to_sequence
     from cocodiff.tokens import Tokens
 
     # What a collective forgets to write must not look right: fresh memory is filled with NaN.

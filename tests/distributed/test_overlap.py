@@ -67,7 +67,9 @@ def _record(schedule):
     from cocodiff.timeline import Timeline
 
     level = cocodiff.Level("slow", 2, 1.0, 1e-6)  # no latency to speak of: outputs go in pieces
-    pipe = cocodiff.wrap(flux_pipeline(), schedule=schedule, exchange="flat", cluster=cocodiff.Cluster("test", (level,)))
+    pipe = cocodiff.wrap(
+        flux_pipeline(), schedule=schedule, exchange="flat", cluster=cocodiff.Cluster("test", (level,))
+    )
     engine, gates = pipe.cocodiff.engine, Gates()
     lane = engine._outer_lane
     lane.timeline = engine.timeline = Timeline()

@@ -1,0 +1,38 @@
+"""A user's script, as the launcher tests start it: `python app.py MODE FOLDER`."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from tests.pipelines import flux_call, flux_pipeline, relative_error
+
+
+def main(mode: str, folder: Path) -> None:
+    import cocodiff
+
+    torch.set_num_threads(1)
+    if mode == "existing":
+        torch.distributed.init_process_group("gloo")
+    pipe = flux_pipeline()
+    call = flux_call("text2image")
+    alone = pipe(**call).images
+    pipe = cocodiff.wrap(pipe)
+    job = pipe.cocodiff.job
+    if mode == "fail":
+
+        def fail(pipe, step, timestep, kwargs):
+            if step == 1 and job.rank == 1:
+                raise OSError("the disk of one rank is full")
+            return kwargs
+
+        call["callback_on_step_end"] = fail
+    latents = pipe(**{**call, "generator": torch.Generator().manual_seed(1)}).images
+    error = relative_error(latents, alone)
+    (folder / f"{job.rank}").write_text(f"{job.world_size} {job.launcher} {error}")
+    if mode == "existing":
+        assert torch.distributed.is_initialized()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
