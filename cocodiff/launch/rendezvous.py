@@ -131,8 +131,7 @@ def _host_digest() -> bytes:
 
 
 def _own_address() -> str:
-    """An address of this host that others may reach: its name's, else that of its default route, else its "
-    "name."""
+    """An address of this host that others may reach: its name's, else its default route's, else its name."""
     name = socket.gethostname()
     try:
         address = socket.gethostbyname(name)
