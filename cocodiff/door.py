@@ -7,14 +7,15 @@ names into shards (ragged, nothing padded), runs the model, and gathers the pict
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cocodiff.engine import Engine
-from cocodiff.errors import ConfigError, PatchError
+from cocodiff.errors import ConfigError, MismatchError, PatchError
 from cocodiff.launch.agree import agree
 from cocodiff.models import Family
 from cocodiff.patches import Patches
@@ -43,13 +44,17 @@ class Door:
         self._family, self._forward, self._patches = family, forward, patches
         self._signature = inspect.signature(forward)
         self._processors = [(attn, attn.processor) for attn in attentions]
-        self.inputs_are_shared = False  # set while a wrapped pipeline, which compares its arguments itself, runs
+        self._in_pipeline = False
+        self._differs: list[Tensor] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self._check()
         given = self._signature.bind(*args, **kwargs).arguments
         self._refuse(given)
-        if not self.inputs_are_shared:
+        if self._in_pipeline:
+            tensors = [value for value in given.values() if isinstance(value, Tensor) and not value.is_complex()]
+            self._differs.append(self.engine.differs(tensors))
+        else:
             agree(given, self.engine.mesh.host_group, "the transformer's input (called outside its wrapped pipeline)")
         engine, family = self.engine, self._family
         lengths = {stream: given[family.lengths[stream]].shape[-2] for stream in family.streams}
@@ -61,6 +66,25 @@ class Door:
             output = self._forward(**given)
             whole = engine.gather(output[0], "image")
         return (whole, *output[1:]) if isinstance(output, tuple) else type(output)(sample=whole)
+
+    @contextmanager
+    def in_pipeline(self) -> Iterator[None]:
+        """Around a call of a wrapped pipeline, which compares its arguments itself.
+
+        What reaches the transformer is compared, too, at every step but without waiting for the answer before the end:
+        encoders or callbacks may do different things on different ranks.
+        """
+        self._in_pipeline, self._differs = True, []
+        try:
+            yield
+        finally:
+            self._in_pipeline = False
+        if self._differs and bool(torch.stack(self._differs).any()):
+            steps = [index for index, differs in enumerate(self._differs) if differs]
+            raise MismatchError(
+                f"the transformer's inputs were not the same on all ranks (first in its call {steps[0]} of "
+                f"{len(self._differs)}): a callback, an encoder or a random draw differs between ranks."
+            )
 
     def release(self) -> None:
         """One wrapped pipeline lets go of the transformer; the last one takes the patches with it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cocodiff.config import Config
 from cocodiff.errors import ConfigError, PatchError
-from cocodiff.exchange import Exchange, FlatExchange, Layout, StagedExchange, gather_rows, split_sizes
+from cocodiff.exchange import Exchange, FlatExchange, Layout, StagedExchange, gather_equal, gather_rows, split_sizes
 from cocodiff.lanes import make_lane
 from cocodiff.mesh import Mesh
 from cocodiff.timeline import Timeline
@@ -99,6 +99,13 @@ class Engine:
     def gather(self, x: Tensor, stream: str) -> Tensor:
         """`(B, S_local, C)` shards of a stream -> the whole `(B, S, C)` on every rank."""
         return gather_rows(x, self.tokens.streams[stream], self.mesh.flat_group, self._outer_lane)
+
+    def differs(self, tensors: Iterable[Tensor]) -> Tensor:
+        """Whether some rank holds other bits in these tensors: a bool on the device, for which nothing waits."""
+        bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+        sums = [x.contiguous().flatten().view(bits[x.itemsize]).sum(dtype=torch.int64) for x in tensors]
+        everyone = gather_equal(torch.stack(sums), self.mesh.flat_group, self._outer_lane, "compare")
+        return (everyone != everyone[0]).any()
 
     def span(self, label: str) -> AbstractContextManager[None]:
         """Names a stretch of compute in the timeline, if one is kept."""

@@ -163,7 +163,10 @@ def _attach(pipeline: Any, config: Config, job: Job, *, owns_job: bool) -> Any:
 
 def _agree_on(pipeline: Any, config: Config, job: Job) -> None:
     """Same pipeline, same settings, same weights (a sample of each parameter) on every rank."""
-    sample = [p.detach().flatten()[:8].float().cpu() for p in pipeline.transformer.parameters() if not p.is_meta]
+    modules = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    sample = {
+        name: [p.flatten()[:8].cpu() for p in part.parameters() if not p.is_meta] for name, part in modules.items()
+    }
     given: dict[str, Any] = {field.name: repr(getattr(config, field.name)) for field in fields(config)}
     shape = {name: repr(value) for name, value in sorted(pipeline.transformer.config.items()) if name[0] != "_"}
     given |= {"pipeline": type(pipeline).__name__, "transformer": shape, "weights": sample}
@@ -237,11 +240,10 @@ def _running(pipeline: Any, given: dict[str, Any]) -> Iterator[None]:
         bars = getattr(pipeline, "_progress_bar_config", None)
         if not job.is_main:
             pipeline.set_progress_bar_config(**{**(bars or {}), "disable": True})
-        door.inputs_are_shared = True
         try:
-            yield
+            with door.in_pipeline():
+                yield
         finally:
-            door.inputs_are_shared = False
             if not job.is_main:
                 if bars is None:
                     del pipeline._progress_bar_config

@@ -3,7 +3,7 @@
 from cocodiff.exchange.flat import FlatExchange
 from cocodiff.exchange.layout import Layout, split_sizes
 from cocodiff.exchange.staged import StagedExchange
-from cocodiff.exchange.ulysses import Exchange, Pending, gather_rows, to_heads, to_sequence
+from cocodiff.exchange.ulysses import Exchange, Pending, gather_equal, gather_rows, to_heads, to_sequence
 
 __all__ = [
     "Exchange",
@@ -11,6 +11,7 @@ __all__ = [
     "Layout",
     "Pending",
     "StagedExchange",
+    "gather_equal",
     "gather_rows",
     "split_sizes",
     "to_heads",

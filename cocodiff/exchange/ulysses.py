@@ -59,15 +59,19 @@ def gather_rows(x: Tensor, seq_lens: tuple[int, ...], group: dist.ProcessGroup, 
 
     Ragged shards travel padded to the longest (they differ by a token): one collective that every backend has.
     """
-    longest = max(seq_lens)
     batch, seq_len_local, channels = x.shape
-    padded = x.new_zeros(longest, batch, channels)
+    padded = x.new_zeros(max(seq_lens), batch, channels)
     padded[:seq_len_local] = x.transpose(0, 1)
+    gathered = gather_equal(padded, group, lane, "gather")
+    return torch.cat([part[:length] for part, length in zip(gathered, seq_lens, strict=True)]).transpose(0, 1)
+
+
+def gather_equal(x: Tensor, group: dist.ProcessGroup, lane: Lane, label: str) -> Tensor:
+    """A tensor of the same shape on every rank -> `(ranks, *shape)` on every rank."""
 
     def all_gather(send: Tensor) -> Tensor:
-        out = send.new_empty(len(seq_lens) * longest, batch, channels)
-        dist.all_gather(list(out.chunk(len(seq_lens))), send, group=group)
+        out = send.new_empty(group.size(), *send.shape)
+        dist.all_gather(list(out), send, group=group)
         return out
 
-    gathered = lane.submit(all_gather, padded, "gather").wait().view(len(seq_lens), longest, batch, channels)
-    return torch.cat([part[:length] for part, length in zip(gathered, seq_lens, strict=True)]).transpose(0, 1)
+    return lane.submit(all_gather, x, label).wait()

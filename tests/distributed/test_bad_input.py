@@ -85,6 +85,12 @@ def _calling():
     for name, change in different.items():
         said[name] = _message(ValueError, lambda change=change: pipe(**{**flux_call("text2image"), **change}))
 
+    def nudge(pipe, step, timestep, kwargs):
+        return {"latents": kwargs["latents"] + (1e-3 if rank == 1 and step == 0 else 0.0)}
+
+    call = flux_call("text2image")
+    said["callback"] = _message(ValueError, lambda: pipe(**call, callback_on_step_end=nudge))
+
     generator_free = {k: v for k, v in flux_call("text2image").items() if k != "generator"}
     torch.manual_seed(1000 + rank)  # without a generator every rank must still start from rank 0's noise
     latents = pipe(**generator_free).images
@@ -120,6 +126,7 @@ def test_calls_that_differ_or_were_tampered_with():
         "steps": "num_inference_steps: 3 on rank 0; 4 on rank 1",
         "seed": "generator: generator with seed 0",
         "only one gives it": "guidance_scale: not given on rank 0; 3.0 on rank 1",
+        "callback": "first in its call 2 of 6",
         "processor": "FluxAttnProcessor",
         "transformer": "replaced",
         "forward": "wrap",
