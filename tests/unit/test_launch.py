@@ -1,4 +1,4 @@
-"""Ranks from synthetic environments, devices, backends, and errors that name their cure."""
+"""Ranks from synthetic environments, and errors that name variable, value and cure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from cocodiff.errors import LaunchError
 from cocodiff.launch import Ranks, discover
 
 ONE = Ranks(0, 0, 1, 1, "none")
-TWO = Ranks(1, 1, 2, 2, "pmi")
 
 HYDRA = {"PMI_RANK": "5", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "4"}
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}

@@ -1,0 +1,179 @@
+"""scripts/emulated_cluster: real hosts and slow links, taken down again whatever happens."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "emulated_cluster"
+ABLE = hasattr(os, "geteuid") and os.geteuid() == 0 and bool(shutil.which("ip")) and bool(shutil.which("tc"))
+needs_root = pytest.mark.skipif(not ABLE, reason="needs root, ip and tc (Debian: iproute2)")
+
+# Rank 0 receives from the last rank and prints seconds and the bytes that its host's link counted.
+TALK = """
+import os, socket, time
+rank, world, total = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), 1_000_000
+def counted():
+    return int(open("/sys/class/net/eth0/statistics/rx_bytes").read())
+if rank == 0:
+    server = socket.create_server((os.environ["MASTER_ADDR"], 7777))
+    peer, _ = server.accept()
+    peer.recv(1)
+    before, began, seen = counted(), time.monotonic(), 0
+    while seen < total:
+        seen += len(peer.recv(65536))
+    print("measured", time.monotonic() - began, counted() - before)
+elif rank == world - 1:
+    for _ in range(100):
+        try:
+            peer = socket.create_connection((os.environ["MASTER_ADDR"], 7777)); break
+        except OSError:
+            time.sleep(0.1)
+    peer.sendall(bytes(1)); time.sleep(0.5); peer.sendall(bytes(total)); time.sleep(1)
+"""
+
+
+def _run(*arguments, command=("sh", "-c", "echo rank $RANK of $WORLD_SIZE"), **options):
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments, "--", *command], capture_output=True, text=True, timeout=90, **options
+    )
+
+
+def _namespaces():
+    return {
+        line.split()[0] for line in subprocess.run(["ip", "netns"], capture_output=True, text=True).stdout.splitlines()
+    }
+
+
+@needs_root
+def test_ranks_hosts_and_the_shape_as_json():
+    before = _namespaces()
+    shape = (
+        "--nodes",
+        "2",
+        "--ranks-per-node",
+        "4",
+        "--ranks-per-gpu",
+        "2",
+        "--gpu-link",
+        "1gbit",
+        "--link",
+        "100mbit",
+    )
+    said = (
+        "echo rank $RANK local $LOCAL_RANK of $WORLD_SIZE at $(ip -4 -o address show eth0 | tr -s ' ' | cut -d' ' -f4)"
+    )
+    done = _run(*shape, command=("sh", "-c", f'{said}; [ "$RANK" != 0 ] || cat $EMULATED_CLUSTER | tr -d "\\n"'))
+    assert done.returncode == 0, done.stderr
+    for rank in range(8):
+        assert f"[{rank}] rank {rank} local {rank % 2} of 8 at 10.77.0.{rank // 2 + 1}/24" in done.stdout
+    text = next(line for line in done.stdout.splitlines() if "emulated" in line).split("] ", 1)[1]
+    levels = json.loads(text)["levels"]
+    assert [(level["name"], level["size"]) for level in levels] == [("host", 2), ("gpu", 2), ("node", 2)]
+    assert [level["bandwidth_gbs"] for level in levels[1:]] == [0.0625, 0.003125]
+
+    from cocodiff import Cluster
+
+    assert Cluster.from_json(text).resolve(8).slow == (False, True, True)
+    assert _namespaces() == before
+
+
+@needs_root
+@pytest.mark.parametrize("racks", [1, 2])
+def test_the_link_is_as_slow_as_it_says(racks):
+    shape = ("--nodes", "2", "--ranks-per-node", "1", "--link", "20mbit" if racks == 1 else "1gbit")
+    shape += () if racks == 1 else ("--racks", "2", "--rack-link", "20mbit")
+    done = _run(*shape, command=(sys.executable, "-c", TALK))
+    assert done.returncode == 0, done.stdout + done.stderr
+    seconds, counted = map(float, done.stdout.split("measured ")[1].split()[:2])
+    assert counted >= 1_000_000  # the interface saw it all
+    assert seconds >= 0.85 * 1_000_000 * 8 / 20e6  # never faster than the link, but for what a bucket holds
+
+
+@needs_root
+def test_a_failing_rank_ends_all_and_its_status_and_last_words_come_back():
+    before, began = _namespaces(), time.monotonic()
+    done = _run(command=("sh", "-c", '[ "$RANK" = 2 ] && { echo last words; exit 7; }; sleep 600'))
+    assert done.returncode == 7 and time.monotonic() - began < 60
+    assert "rank 2 ended with status 7" in done.stderr and "last words" in done.stderr
+    assert _namespaces() == before
+
+
+@needs_root
+def test_two_side_by_side_and_leftovers_of_a_killed_run():
+    before = _namespaces()
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--nodes",
+        "2",
+        "--ranks-per-node",
+        "1",
+        "--",
+        "sh",
+        "-c",
+        "echo up; sleep 60",
+    ]
+    killed = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert "up" in killed.stdout.readline()
+    beside = _run()
+    assert beside.returncode == 0 and "rank 3 of 4" in beside.stdout, beside.stderr
+    assert len(_namespaces()) > len(before)  # the first still runs
+    killed.kill()
+    killed.wait()
+    assert len(_namespaces()) > len(before)  # and could not clean up
+    assert _run().returncode == 0
+    assert _namespaces() == before
+
+    interrupted = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert "up" in interrupted.stdout.readline()
+    interrupted.send_signal(signal.SIGINT)
+    assert interrupted.wait(30) == 130
+    assert _namespaces() == before
+    subprocess.run(["pkill", "-f", "echo up; sleep 60"])
+
+
+@needs_root
+def test_mpiexec_enters_the_namespaces():
+    if shutil.which("mpiexec") is None:
+        pytest.skip("needs mpiexec (pip install 'cocodiff[mpi]')")
+    said = "echo rank $PMI_RANK of $PMI_SIZE at $(ip -4 -o address show eth0 | tr -s ' ' | cut -d' ' -f4)"
+    done = _run("--launcher", "mpiexec", command=("sh", "-c", said))
+    assert done.returncode == 0, done.stdout + done.stderr
+    for rank in range(4):
+        assert f"rank {rank} of 4 at 10.77.0.{rank // 2 + 1}/24" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("--link", "100mbps"), "100mbps"),
+        (("--link", "10bit"), "under 1000 bit/s"),
+        (("--nodes", "0"), "counted from 1"),
+        (("--racks", "2"), "--rack-link"),
+        (("--ranks-per-node", "3", "--gpu-link", "1gbit", "--ranks-per-gpu", "2"), "does not divide"),
+    ],
+)
+@needs_root
+def test_bad_arguments_are_one_clear_line(arguments, words):
+    done = _run(*arguments)
+    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+
+
+@needs_root
+def test_no_command_no_netem_no_root():
+    assert "no command" in subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True).stderr
+    done = _run("--latency-us", "100")
+    assert done.returncode == 0 or "no netem" in done.stderr
+    as_nobody = (
+        "import os, runpy, sys; from pathlib import Path; sys.argv = ['x', '--', 'true']; "
+        f"main = runpy.run_path({str(SCRIPT)!r})['main']; os.setuid(65534); sys.exit(main())"
+    )
+    nobody = subprocess.run([sys.executable, "-c", as_nobody], capture_output=True, text=True)
+    assert nobody.returncode == 2 and "needs root" in nobody.stderr, nobody.stderr
