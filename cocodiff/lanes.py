@@ -2,7 +2,7 @@
 
 A lane runs what is submitted to it strictly in order, beside the compute that goes on meanwhile. The rules that keep
 it correct, for every kind of lane: the lane waits for the producer of its input, the consumer waits for the lane
-(`Ticket.wait`), and tensors in use stay alive until that wait.
+(`Ticket.wait`), and a ticket keeps the tensors in use alive: whoever holds it drops it after waiting, not before.
 
 Lanes of CPU tensors are worker threads, those of accelerators are streams. Ranks submit in the same program order,
 so the collectives on a lane meet in the same order everywhere; each lane has process groups of its own.
@@ -14,7 +14,7 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -85,6 +85,7 @@ class ThreadLane:
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
             job()
+            job = None  # or the last tensors sent would live until the next come
 
 
 class ThreadTicket:
@@ -127,14 +128,17 @@ class StreamLane:
 
 
 class StreamTicket:
-    def __init__(self, api: object, device: torch.device, done: object, result: Tensor, keep: tuple) -> None:
-        self._api, self._device, self._done, self._result = api, device, done, result
-        self._keep: tuple | None = keep  # the lane reads these; they may not be freed before the caller waits
+    """Keeps what the lane reads alive for as long as the ticket itself: drop it only after the *compute* waited.
+
+    A wait of the next lane is no licence to free: compute has not waited yet, and could be given the memory.
+    """
+
+    def __init__(self, api: Any, device: torch.device, done: Any, result: Tensor, keep: tuple) -> None:
+        self._api, self._device, self._done, self._result, self._keep = api, device, done, result, keep
 
     def wait(self) -> Tensor:
         # Called under the consumer's stream: the compute stream, or the next lane's.
-        self._api.current_stream(self._device).wait_event(self._done)  # type: ignore[attr-defined]
-        self._keep = None
+        self._api.current_stream(self._device).wait_event(self._done)
         return self._result
 
 

@@ -27,13 +27,17 @@ class Exchange(Protocol):
 
 
 class Pending:
-    """An exchange in flight: `wait` gives the tensor on this side, in the layout that its user wants."""
+    """An exchange in flight: `wait`, once, gives the tensor on this side, in the layout that its user wants."""
 
     def __init__(self, ticket: Ticket, unpack: Callable[[Tensor], Tensor]) -> None:
-        self._ticket, self._unpack = ticket, unpack
+        self._ticket: Ticket | None = ticket
+        self._unpack = unpack
 
     def wait(self) -> Tensor:
-        return self._unpack(self._ticket.wait())
+        assert self._ticket is not None, "an exchange is waited for once"
+        received = self._unpack(self._ticket.wait())
+        self._ticket = None  # from here on what was sent may be freed
+        return received
 
 
 def to_heads(exchange: Exchange, x: Tensor, layout: Layout, rank: int, label: str) -> Pending:
