@@ -15,7 +15,7 @@ from cocodiff.launch.job import start_job
 from cocodiff.models import FAMILIES
 from cocodiff.topology import load_cluster
 
-PACKAGES = ("cocodiff", "torch", "diffusers", "transformers", "accelerate", "safetensors", "einops", "mpi4py", "mpich")
+PACKAGES = ("cocodiff", "torch", "diffusers", "transformers", "accelerate", "safetensors", "mpi4py", "mpich")
 
 
 def diagnose() -> tuple[dict[str, Any], bool]:
