@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import warnings
 from typing import TYPE_CHECKING, Any
 
 from cocodiff.errors import LaunchError
@@ -11,9 +9,6 @@ from cocodiff.launch.ranks import Ranks
 
 if TYPE_CHECKING:
     import torch
-
-# torch minor versions up to this one had an oneccl_bindings_for_pytorch of their own; it ended there.
-_LAST_CCL_TORCH = (2, 8)
 
 
 def local_device(requested: str | torch.device | None, ranks: Ranks) -> torch.device:
@@ -57,10 +52,9 @@ def local_device(requested: str | torch.device | None, ranks: Ranks) -> torch.de
 def choose_backend(device_type: str) -> tuple[str, str]:
     """The backend for tensors on `device_type`, and one sentence saying why.
 
-    cuda takes nccl; xpu takes torch's own xccl, else ccl from oneccl_bindings_for_pytorch (torch <= 2.8,
-    imported here); cpu takes gloo, else a torch built with MPI. The name is that of one backend: make a gloo
-    group for host metadata beside it with `dist.new_group(backend="gloo")`. Every rank with the same software
-    comes to the same; `join` checks that they did.
+    cuda takes nccl, xpu torch's own xccl (oneccl_bindings_for_pytorch ended with torch 2.8), cpu gloo, else a torch built
+    with MPI. The name is that of one backend: make a gloo group for host metadata beside it with
+    `dist.new_group(backend="gloo")`. Every rank with the same software comes to the same; `join` checks that they did.
 
     Raises `LaunchError` when nothing can carry such tensors. Gloo never stands in for an accelerator's
     backend: it would stage every byte through the host unasked.
@@ -78,7 +72,7 @@ def choose_backend(device_type: str) -> tuple[str, str]:
     if device_type == "xpu":
         if dist.is_xccl_available():
             return "xccl", f"torch {version} brings xccl for xpu tensors"
-        return _choose_ccl(version)
+        raise LaunchError(f"torch {version} has no xccl for xpu tensors: install a build for XPU")
     if device_type == "cpu":
         if dist.is_gloo_available():
             return "gloo", "cpu tensors travel with gloo"
@@ -94,7 +88,7 @@ def serves(backend: str, device_type: str) -> bool:
     torch lists gloo for cuda, too, but every byte would go through the host. Backends unknown here are
     trusted.
     """
-    homes = {"nccl": "cuda", "xccl": "xpu", "ccl": "xpu", "gloo": "cpu"}
+    homes = {"nccl": "cuda", "xccl": "xpu", "gloo": "cpu"}
     return homes.get(backend, device_type) == device_type
 
 
@@ -107,16 +101,3 @@ def _visible_devices(device_type: str) -> tuple[Any, int]:
         return api, int(api.device_count())
     except (RuntimeError, AttributeError, AssertionError):
         return None, 0
-
-
-def _choose_ccl(version: str) -> tuple[str, str]:
-    reason = f"torch {version} has no xccl"
-    if tuple(int(part) for part in version.split(".")[:2]) <= _LAST_CCL_TORCH:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                importlib.import_module("oneccl_bindings_for_pytorch")
-            return "ccl", f"{reason}; oneccl_bindings_for_pytorch brings ccl"
-        except Exception as error:  # beside a newer torch it fails in many ways, not only by being absent
-            reason += f" and oneccl_bindings_for_pytorch cannot be imported ({type(error).__name__}: {error})"
-    raise LaunchError(f"{reason}: xpu tensors have no backend; install torch 2.8 or newer for XPU")

@@ -124,18 +124,6 @@ def test_choose_backend_never_falls_back_silently(device_type, names, words, mon
         choose_backend(device_type)
 
 
-def test_an_old_torch_takes_ccl_from_its_bindings(monkeypatch):
-    available(monkeypatch, "gloo")
-    monkeypatch.setattr(torch, "__version__", "2.8.0+xpu")
-    with pytest.raises(LaunchError, match="oneccl_bindings_for_pytorch cannot be imported"):
-        choose_backend("xpu")
-    monkeypatch.setitem(sys.modules, "oneccl_bindings_for_pytorch", ModuleType("oneccl_bindings_for_pytorch"))
-    assert choose_backend("xpu")[0] == "ccl"
-    monkeypatch.setattr(torch, "__version__", "2.10.0a0")
-    with pytest.raises(LaunchError, match="no xccl: xpu"):
-        choose_backend("xpu")
-
-
 @pytest.fixture
 def lone_group(request):
     dist.init_process_group(getattr(request, "param", "gloo"), store=dist.HashStore(), rank=0, world_size=1)

@@ -7,7 +7,7 @@ import json
 import math
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from cocodiff.errors import ConfigError
@@ -20,6 +20,8 @@ def make_cluster(*sizes: int | None, gbs: tuple[float, ...] | None = None, flat_
     return Cluster("test", levels, flat_efficiency)
 
 
+# A loaded machine is no reason to fail.
+calm = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 positive = st.floats(min_value=1e-3, max_value=1e6, allow_nan=False)
 
 
@@ -84,12 +86,9 @@ def test_resolve_names_numbers_when_a_level_does_not_divide():
     assert "12 and 24" in message
 
 
-def test_resolve_names_one_neighbour_at_the_upper_end():
+def test_resolve_beyond_the_outermost_level():
     with pytest.raises(ConfigError, match="nearest rank count that fits is 24"):
         make_cluster(2, 6, 2).resolve(25)
-
-
-def test_resolve_refuses_left_over_ranks():
     with pytest.raises(ConfigError, match="levels 2 x 6 x 2 hold 24 ranks, this run has 48"):
         make_cluster(2, 6, 2).resolve(48)
 
@@ -100,6 +99,7 @@ def test_resolve_refuses_what_is_no_rank_count(num_ranks):
         make_cluster(None).resolve(num_ranks)
 
 
+@calm
 @given(clusters(), st.integers(1, 600))
 def test_resolved_sizes_multiply_to_the_ranks(cluster, num_ranks):
     resolved = resolve_or_none(cluster, num_ranks)
@@ -111,6 +111,7 @@ def test_resolved_sizes_multiply_to_the_ranks(cluster, num_ranks):
     assert resolved.resolve(num_ranks) == resolved
 
 
+@calm
 @given(clusters(), st.integers(1, 600))
 def test_resolve_shrinks_at_one_level_only(cluster, num_ranks):
     resolved = resolve_or_none(cluster, num_ranks)
@@ -121,6 +122,7 @@ def test_resolve_shrinks_at_one_level_only(cluster, num_ranks):
         assert all(after == 1 for _, after in concrete[shrunk[0] + 1 :])
 
 
+@calm
 @given(clusters(open_outermost=True), st.integers(1, 200))
 def test_suggested_rank_counts_are_legal_and_nearest(cluster, num_ranks):
     try:
@@ -148,6 +150,7 @@ def test_slow_is_under_a_quarter_of_the_level_inside_unless_said():
     assert make_cluster(None).slow == (False,)
 
 
+@calm
 @given(clusters())
 def test_json_round_trip(cluster):
     assert Cluster.from_json(cluster.to_json()) == cluster
@@ -255,6 +258,7 @@ def test_levels_are_a_tuple_with_different_names():
         Cluster("list", [Level("a", 2, 1.0, 1.0)])  # type: ignore[arg-type]
 
 
+@calm
 @given(clusters(), st.integers(2, 600), st.floats(1.0, 1e9), st.floats(1.1, 10.0))
 def test_modelled_times_are_positive_and_grow_with_bytes(cluster, num_ranks, nbytes, factor):
     resolved = resolve_or_none(cluster, num_ranks)
@@ -263,12 +267,14 @@ def test_modelled_times_are_positive_and_grow_with_bytes(cluster, num_ranks, nby
         assert 0 < seconds(0) <= seconds(nbytes) <= seconds(nbytes * factor)
 
 
+@calm
 @given(clusters(open_outermost=True))
 def test_one_rank_takes_no_time(cluster):
     alone = cluster.resolve(1)
     assert alone.flat_seconds(1e6) == alone.staged_seconds(1e6) == 0
 
 
+@calm
 @given(st.integers(1, 64), positive, positive, st.floats(0.0, 1e9))
 def test_one_level_makes_flat_and_staged_equal(size, gbs, latency_us, nbytes):
     cluster = Cluster("one", (Level("a", None, gbs, latency_us),), flat_efficiency=0.3).resolve(size)
@@ -280,12 +286,6 @@ def test_modelled_times_by_hand():
     # flat: 1 peer behind l0 (1 us each), 4 behind l1 (2 us each); staged: 1 message, then 2 messages.
     assert cluster.flat_seconds(6e6) == pytest.approx(4e6 / (2e9 * 0.5) + 1e-6 + 4 * 2e-6)
     assert cluster.staged_seconds(6e6) == pytest.approx((1e-6 + 3e6 / 10e9) + 2 * (2e-6 + 2e6 / 2e9))
-
-
-def test_lower_flat_efficiency_slows_the_flat_exchange_only():
-    fast, lame = make_cluster(2, 2), make_cluster(2, 2, flat_efficiency=0.25)
-    assert lame.flat_seconds(1e8) > fast.flat_seconds(1e8)
-    assert lame.staged_seconds(1e8) == fast.staged_seconds(1e8)
 
 
 def test_aurora_on_one_node_prefers_stages():

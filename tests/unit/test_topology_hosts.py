@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cocodiff.errors import ConfigError
@@ -58,6 +58,7 @@ def test_detect_other_shapes_turn_staging_off(hosts, fault):
     assert re.search(fault, why)
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from("abc"), min_size=1, max_size=12))
 def test_detected_levels_hold_every_rank_and_never_cross_a_host_inside(hosts):
     cluster, _ = load_cluster("auto", hosts, "cpu")
