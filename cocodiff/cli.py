@@ -50,9 +50,11 @@ def generate(
     if ranks is not None:
         raise SystemExit(_start_ranks(ranks))
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of parts that are not used here, per rank
-    from cocodiff.launch import discover
-    from cocodiff.wrap import wrap
+    from cocodiff.config import Config
+    from cocodiff.launch.job import start_job
+    from cocodiff.wrap import attach
 
+    config = Config(exchange=exchange, schedule=schedule, cluster=cluster)
     call: dict[str, Any] = dict(prompt=prompt, height=height, width=width, num_inference_steps=steps, output_type="np")
     if guidance is not None:
         call["guidance_scale"] = guidance
@@ -61,9 +63,11 @@ def generate(
             call[name] = _open_image(path)
     if not out.parent.is_dir():
         raise ConfigError(f"--out {out}: there is no folder {out.parent}.")
-    pipe = _load(model, dtype, "inpaint" if mask else "img2img" if image else "text2image")
-    alone = _draw(pipe, call, seed) if compare and discover(os.environ).rank == 0 else None
-    wrap(pipe, device=device, exchange=exchange, schedule=schedule, cluster=cluster)
+    job = start_job(device)  # before loading: a rank that cannot load is then noticed by the others
+    with job.watched("loading"):
+        pipe = _load(model, dtype, "inpaint" if mask else "img2img" if image else "text2image")
+        alone = _draw(pipe.to(job.device), call, seed) if compare and job.is_main else None
+    attach(pipe, config, job)
     picture = _draw(pipe, call, seed)
     if not pipe.cocodiff.is_main:
         return

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from cocodiff.engine import Engine
 from cocodiff.errors import ConfigError, MismatchError, PatchError
 from cocodiff.launch.agree import agree
+from cocodiff.launch.job import Job
 from cocodiff.models import Family
 from cocodiff.patches import Patches
+from cocodiff.refuse import carriers, refuse_modifications
 from cocodiff.tokens import Tokens
 
 
@@ -29,6 +31,7 @@ class Door:
         forward: what stood there before, called with shards.
         attentions: the modules whose processors must stay ours.
         patches: all that was done to this transformer; taken back when its last wrapped pipeline lets go.
+        job: the run whose groups the engine uses; closed then, too.
     """
 
     def __init__(
@@ -39,21 +42,31 @@ class Door:
         forward: Callable,
         attentions: list[nn.Module],
         patches: Patches,
+        job: Job,
     ) -> None:
-        self.engine, self.transformer, self.users = engine, transformer, 1
+        self.engine, self.transformer, self.job, self.users = engine, transformer, job, 1
         self._family, self._forward, self._patches = family, forward, patches
         self._signature = inspect.signature(forward)
-        self._processors = [(attn, attn.processor) for attn in attentions]
+        self._attentions = [(attn, attn.processor) for attn in attentions]
+        self._carriers = carriers(transformer, attentions)
         self._in_pipeline = False
         self._differs: list[Tensor] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self._check()
+        with self.job.watched("the transformer's forward"):
+            return self._run(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        self.check()
+        if torch.is_grad_enabled():
+            raise PatchError("exchanges carry no gradients: call the transformer under torch.no_grad().")
         given = self._signature.bind(*args, **kwargs).arguments
         self._refuse(given)
         if self._in_pipeline:
-            tensors = [value for value in given.values() if isinstance(value, Tensor) and not value.is_complex()]
-            self._differs.append(self.engine.differs(tensors))
+            lists = [value if isinstance(value, list | tuple) else [value] for value in given.values()]
+            self._differs.append(self.engine.differs(x for one in lists for x in one if isinstance(x, Tensor)))
+            if len(self._differs) == 1:
+                self._settle()
         else:
             agree(given, self.engine.mesh.host_group, "the transformer's input (called outside its wrapped pipeline)")
         engine, family = self.engine, self._family
@@ -71,19 +84,24 @@ class Door:
     def in_pipeline(self) -> Iterator[None]:
         """Around a call of a wrapped pipeline, which compares its arguments itself.
 
-        What reaches the transformer is compared, too, at every step but without waiting for the answer before the end:
-        encoders or callbacks may do different things on different ranks.
+        What reaches the transformer is compared, too, since encoders or callbacks may do different things on different
+        ranks: at once in the first forward, later ones without waiting for the answer before the end.
         """
+        if self._in_pipeline:
+            raise PatchError("another call over the same transformer is running in this process: one at a time.")
         self._in_pipeline, self._differs = True, []
         try:
             yield
         finally:
             self._in_pipeline = False
+        self._settle()
+
+    def _settle(self) -> None:
         if self._differs and bool(torch.stack(self._differs).any()):
             steps = [index for index, differs in enumerate(self._differs) if differs]
             raise MismatchError(
                 f"the transformer's inputs were not the same on all ranks (first in its call {steps[0]} of "
-                f"{len(self._differs)}): a callback, an encoder or a random draw differs between ranks."
+                f"{len(self._differs)}): a callback, an encoder, a random draw or a kernel whose results vary."
             )
 
     def release(self) -> None:
@@ -91,43 +109,26 @@ class Door:
         if self.users == 1:
             self._patches.undo()
             self.engine.close()
+            self.job.close()
         self.users -= 1
 
-    def _check(self) -> None:
-        for attn, processor in self._processors:
+    def check(self) -> None:
+        """PatchError unless every part of ours is in place and nothing was added that shards cannot follow."""
+        for attn, processor in self._attentions:
             if attn.processor is not processor:
                 raise PatchError(
                     f"an attention processor was replaced after cocodiff.wrap (now {type(attn.processor).__name__}): "
                     "its attention would see this rank's tokens alone. Undo that (unload_ip_adapter, or no "
                     "set_attn_processor), then cocodiff.unwrap(pipe) and cocodiff.wrap(pipe)."
                 )
-        if torch.is_grad_enabled():
-            raise PatchError("exchanges carry no gradients: call the transformer under torch.no_grad().")
-        refuse_modifications(self.transformer)
+        self._patches.check()
+        refuse_modifications(self.transformer, self._carriers)
 
     def _refuse(self, given: dict[str, Any]) -> None:
         entries = {**given, **(given.get("joint_attention_kwargs") or {})}
         for name, reason in self._family.refused.items():
             if entries.get(name) is not None:
                 raise ConfigError(f"{name} was given, but {reason}. Leave it out, or run without cocodiff.wrap.")
-
-
-def refuse_modifications(transformer: Any) -> None:
-    """PatchError for what changes a transformer in ways that shards cannot follow; each with its reason."""
-    reasons = {
-        "a step cache is enabled": getattr(transformer, "is_cache_enabled", False)
-        and "each rank would decide by its own tokens whether to skip a block, and ranks that disagree hang. "
-        "Call transformer.disable_cache()",
-        "diffusers' own parallelism is enabled": getattr(transformer, "_parallel_config", None) is not None
-        and "it would split what is split already. Do not call enable_parallelism",
-        "the transformer is compiled": any(getattr(m, "_compiled_call_impl", None) for m in transformer.modules())
-        and "exchanges run in lanes that torch.compile cannot see. Do not compile it",
-        "the transformer is quantised": getattr(transformer, "hf_quantizer", None) is not None
-        and "activations quantised per tensor would depend on which tokens a rank holds. Load it unquantised",
-    }
-    for what, reason in reasons.items():
-        if reason:
-            raise PatchError(f"{what}, but {reason}.")
 
 
 def _shard(value: Tensor | list[Tensor] | tuple[Tensor, ...], rows: slice, length: int, name: str) -> Any:

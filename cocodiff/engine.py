@@ -44,6 +44,16 @@ class Engine:
         self.mesh.close()
 
     @property
+    def submitted(self) -> list[int]:
+        """What was ever submitted to each lane; equal on all ranks between calls, unless one failed within a call."""
+        return [lane.submitted for lane in self._lanes.values()]
+
+    @property
+    def in_forward(self) -> bool:
+        """Whether the transformer is running on shards now, so that other ranks must be in it, too."""
+        return self._tokens is not None
+
+    @property
     def rank(self) -> int:
         return self.mesh.rank
 
@@ -102,8 +112,12 @@ class Engine:
 
     def differs(self, tensors: Iterable[Tensor]) -> Tensor:
         """Whether some rank holds other bits in these tensors: a bool on the device, for which nothing waits."""
-        bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-        sums = [x.contiguous().flatten().view(bits[x.itemsize]).sum(dtype=torch.int64) for x in tensors]
+        kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+        sums = []
+        for x in tensors:
+            bits = x.contiguous().flatten().view(kinds[x.itemsize])
+            places = torch.arange(1, bits.numel() + 1, device=x.device)  # int64, wraps: order counts, too
+            sums.append((bits * places).sum())
         everyone = gather_equal(torch.stack(sums), self.mesh.flat_group, self._outer_lane, "compare")
         return (everyone != everyone[0]).any()
 

@@ -30,9 +30,13 @@ class Ticket(Protocol):
 
 
 class Lane(Protocol):
-    """An ordered queue of work beside the compute."""
+    """An ordered queue of work beside the compute.
+
+    `submitted` counts what was ever submitted: ranks whose counts differ are out of step for good.
+    """
 
     name: str
+    submitted: int
 
     def submit(self, work: Callable[[Tensor], Tensor], source: Tensor | Ticket, label: str) -> Ticket:
         """Run `work(source)` after all that was submitted here before, and after `source` has been produced.
@@ -56,14 +60,15 @@ class ThreadLane:
     def __init__(self, name: str, timeline: Timeline | None) -> None:
         self.name = name
         self.timeline = timeline
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self.submitted = 0
+        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         threading.Thread(target=self._run, name=f"cocodiff lane {name}", daemon=True).start()
 
     def submit(self, work: Callable[[Tensor], Tensor], source: Tensor | Ticket, label: str) -> ThreadTicket:
         promise: Future[Tensor] = Future()
         inference = torch.is_inference_mode_enabled()  # modes are per thread: ours must match the caller's
 
-        def job() -> None:
+        def task() -> None:
             try:
                 tensor = source if isinstance(source, Tensor) else source.wait()
                 with torch.inference_mode(inference), torch.set_grad_enabled(False):
@@ -76,16 +81,17 @@ class ThreadLane:
             except BaseException as error:  # delivered to whoever waits, never lost in a thread
                 promise.set_exception(error)
 
-        self._jobs.put(job)
+        self.submitted += 1
+        self._tasks.put(task)
         return ThreadTicket(promise)
 
     def close(self) -> None:
-        self._jobs.put(None)
+        self._tasks.put(None)
 
     def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            job()
-            job = None  # or the last tensors sent would live until the next come
+        while (task := self._tasks.get()) is not None:
+            task()
+            task = None  # or the last tensors sent would live until the next come
 
 
 class ThreadTicket:
@@ -107,11 +113,13 @@ class StreamLane:
     def __init__(self, name: str, device: torch.device, timeline: Timeline | None) -> None:
         self.name = name
         self.timeline = timeline
+        self.submitted = 0
         self._api = torch.get_device_module(device)
         self._device = device
         self._stream = self._api.Stream(device=device)
 
     def submit(self, work: Callable[[Tensor], Tensor], source: Tensor | Ticket, label: str) -> StreamTicket:
+        self.submitted += 1
         self._stream.wait_stream(self._api.current_stream(self._device))
         with self._api.stream(self._stream):
             tensor = source if isinstance(source, Tensor) else source.wait()

@@ -6,13 +6,13 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 
 from cocodiff.config import Config
-from cocodiff.door import Door, refuse_modifications
+from cocodiff.door import Door
 from cocodiff.engine import Engine
 from cocodiff.errors import ConfigError, PatchError
 from cocodiff.launch.agree import agree, share_random_state
@@ -40,7 +40,6 @@ class Attachment:
     cluster_reason: str = "one rank"
     engine: Engine | None = None
     door: Door | None = None
-    owns_job: bool = True
 
     @property
     def rank(self) -> int:
@@ -86,16 +85,16 @@ def wrap(
     config = Config.of(config, settings)
     if isinstance(pipeline, type):
         family_of(pipeline)
-        return WrappedClass(pipeline, config, start_job(device))
+        return WrappedClass(pipeline, config, replace(start_job(device), shared=True))
     attachment = vars(pipeline).get("cocodiff")
     if isinstance(attachment, Attachment):
-        if attachment.config != config:
+        if attachment.config != config or (device is not None and torch.device(device).type != attachment.device.type):
             raise ConfigError(
                 "this pipeline is wrapped already, with other settings. Call cocodiff.unwrap(pipe) first."
             )
         return pipeline
     family_of(type(pipeline))
-    return _attach(pipeline, config, start_job(device), owns_job=True)
+    return attach(pipeline, config, start_job(device))
 
 
 def unwrap(pipeline: Any) -> Any:
@@ -103,10 +102,11 @@ def unwrap(pipeline: Any) -> Any:
     attachment = vars(pipeline).get("cocodiff")
     if not isinstance(attachment, Attachment):
         raise ConfigError(f"this {type(pipeline).__name__} is not wrapped, so there is nothing to unwrap.")
-    if attachment.door is not None:
-        attachment.door.release()
+    door = attachment.door
+    if door is not None:
+        door.release()
         pipeline.__class__ = attachment.pipeline_class
-    if attachment.owns_job:
+    if door is None or door.job is not attachment.job:  # the door closes the job whose groups it uses
         attachment.job.close()
     del pipeline.cocodiff
     return pipeline
@@ -128,7 +128,7 @@ class WrappedClass:
         return self._load("from_pipe", args, kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return _attach(self.pipeline_class(*args, **kwargs), self._config, self._job, owns_job=False)
+        return attach(self.pipeline_class(*args, **kwargs), self._config, self._job)
 
     def _load(self, constructor: str, args: tuple, kwargs: dict[str, Any]) -> Any:
         from diffusers.utils import logging
@@ -142,70 +142,81 @@ class WrappedClass:
             finally:
                 if quiet:
                     logging.enable_progress_bar()
-        return _attach(pipeline, self._config, self._job, owns_job=False)
+        return attach(pipeline, self._config, self._job)
 
 
-def _attach(pipeline: Any, config: Config, job: Job, *, owns_job: bool) -> Any:
-    with job.watched("cocodiff.wrap"):
-        if not any(hasattr(part, "_hf_hook") for part in pipeline.components.values()):
-            pipeline.to(job.device)  # offloaded parts find their way by their hooks
-        attachment = Attachment(job, config, type(pipeline), owns_job=owns_job)
-        if job.world_size > 1:
-            _agree_on(pipeline, config, job)
-            refuse_modifications(pipeline.transformer)
-            _install(pipeline, attachment)
-            pipeline.__class__ = _subclass(type(pipeline))
-        elif config.ulysses_degree not in (None, 1):
-            raise ConfigError(f"ulysses_degree={config.ulysses_degree} on one rank: start that many ranks.")
-        pipeline.cocodiff = attachment
+def attach(pipeline: Any, config: Config, job: Job) -> Any:
+    """`wrap` for a pipeline and a run that was joined before; `wrap` has the rest of the story."""
+    try:
+        with job.watched("cocodiff.wrap"):
+            if not any(hasattr(part, "_hf_hook") for part in pipeline.components.values()):
+                pipeline.to(job.device)  # offloaded parts find their way by their hooks
+            attachment = Attachment(job, config, type(pipeline))
+            if job.world_size > 1:
+                _install(pipeline, attachment)
+                pipeline.__class__ = _subclass(type(pipeline))
+            elif config.ulysses_degree not in (None, 1):
+                raise ConfigError(f"ulysses_degree={config.ulysses_degree} on one rank: start that many ranks.")
+            pipeline.cocodiff = attachment
+    except BaseException:
+        job.close()
+        raise
     return pipeline
 
 
-def _agree_on(pipeline: Any, config: Config, job: Job) -> None:
-    """Same pipeline, same settings, same weights (a sample of each parameter) on every rank."""
-    modules = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
-    sample = {
-        name: [p.flatten()[:8].cpu() for p in part.parameters() if not p.is_meta] for name, part in modules.items()
-    }
-    given: dict[str, Any] = {field.name: repr(getattr(config, field.name)) for field in fields(config)}
-    shape = {name: repr(value) for name, value in sorted(pipeline.transformer.config.items()) if name[0] != "_"}
-    given |= {"pipeline": type(pipeline).__name__, "transformer": shape, "weights": sample}
-    assert job.host_group is not None
-    agree(given | {"device type": job.device.type}, job.host_group, "cocodiff.wrap")
-
-
 def _install(pipeline: Any, attachment: Attachment) -> None:
-    transformer, job = pipeline.transformer, attachment.job
+    transformer, job, config = pipeline.transformer, attachment.job, attachment.config
+    assert job.host_group is not None
+    given: dict[str, Any] = {field.name: repr(getattr(config, field.name)) for field in fields(config)}
+    cluster, attachment.cluster_reason = load_cluster(config.cluster, job.hosts, job.device.type)
+    given |= {"cluster": cluster.to_json(), "pipeline": type(pipeline).__name__, "device type": job.device.type}
+    given["transformer"] = {name: repr(value) for name, value in transformer.config.items() if name[0] != "_"}
+    modules = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    given |= {f"weights of {name}": _weights(part) for name, part in modules.items()}
+    agree(given, job.host_group, "cocodiff.wrap")
+
     door = vars(transformer).get("forward")
     if isinstance(door, Door):  # from_pipe: two pipelines share one transformer
-        if door.engine.config != attachment.config:
+        if door.engine.config != config:
             raise ConfigError("another wrapped pipeline shares this transformer, with other settings: unwrap it first.")
         door.users += 1
     else:
-        door = _make_door(transformer, family_of(type(pipeline)), attachment.config, job)
-    attachment.door, attachment.engine = door, door.engine
-    attachment.cluster = door.engine.mesh.cluster
-    attachment.cluster_reason = load_cluster(attachment.config.cluster, job.hosts, job.device.type)[1]
+        door = _make_door(transformer, family_of(type(pipeline)), config, cluster, job)
+    attachment.door, attachment.engine, attachment.cluster = door, door.engine, door.engine.mesh.cluster
 
 
-def _make_door(transformer: Any, family: Family, config: Config, job: Job) -> Door:
-    if any(
-        type(m.processor).__module__.startswith("cocodiff.") for m in transformer.modules() if hasattr(m, "processor")
-    ):
+def _make_door(transformer: Any, family: Family, config: Config, cluster: Cluster, job: Job) -> Door:
+    parts = [module for module in transformer.modules() if hasattr(module, "processor")]
+    if any(type(part.processor).__module__.startswith("cocodiff.") for part in parts):
         raise PatchError("this transformer is wrapped already, but its forward was replaced. unwrap it first.")
     assert job.host_group is not None
-    cluster, _ = load_cluster(config.cluster, job.hosts, job.device.type)
     mesh = Mesh.create(cluster, config.ulysses_degree, job.backend, job.host_group)
     engine, patches = Engine(config, mesh, job.device), Patches()
     try:
         attentions = family.install(engine, transformer, patches)
         engine.check_heads(min(attn.heads for attn in attentions))  # type: ignore[type-var, arg-type]
-        door = Door(engine, family, transformer, transformer.forward, attentions, patches)
+        forward = vars(transformer).get("_old_forward", transformer.forward)
+        door = Door(engine, family, transformer, forward, attentions, patches, job)
         patches.set(transformer, "forward", door)
+        door.check()
     except BaseException:
         patches.undo()
+        engine.close()
         raise
     return door
+
+
+def _weights(module: torch.nn.Module) -> torch.Tensor:
+    """A few values of each parameter: enough to tell other weights, and adapters, from these."""
+    with torch.no_grad():
+        sample = [p.flatten()[:8].to(torch.float32) for p in module.parameters() if not p.is_meta]
+        return torch.cat(sample).cpu() if sample else torch.zeros(0, device="cpu")
+
+
+def _adapters(module: torch.nn.Module) -> list[str]:
+    """Which adapters are active where, and how strongly; their weights are parameters."""
+    tuned = [(name, part) for name, part in module.named_modules() if hasattr(part, "active_adapters")]
+    return [f"{name} {part.active_adapters} {getattr(part, 'scaling', '')}" for name, part in tuned if name]
 
 
 def _subclass(base: type) -> type:
@@ -229,13 +240,15 @@ def _running(pipeline: Any, given: dict[str, Any]) -> Iterator[None]:
     attachment: Attachment = pipeline.cocodiff
     job, door, group = attachment.job, attachment.door, attachment.job.host_group
     assert door is not None and group is not None
-    with job.watched(f"a call of {type(pipeline).__name__}"):
+    with job.watched(f"a call of {type(pipeline).__name__}", lambda: door.engine.in_forward):
         if pipeline.transformer is not door.transformer:
             raise PatchError("pipe.transformer was replaced after cocodiff.wrap: unwrap(pipe) and wrap(pipe) again.")
         place = torch.device(pipeline._execution_device)
         if place.type != job.device.type or place.index not in (None, job.device.index):
             raise PatchError(f"the pipeline is on {place}, but this rank's device is {job.device}: do not move it.")
-        agree(given, group, f"the call of {type(pipeline).__name__}")
+        state = {"adapters": _adapters(pipeline.transformer), "weights": _weights(pipeline.transformer)}
+        steps = {"exchanges so far (a call failed on some ranks: unwrap and wrap again)": door.engine.submitted}
+        agree(given | state | steps, group, f"the call of {type(pipeline).__name__}")
         share_random_state(job.device, group)
         bars = getattr(pipeline, "_progress_bar_config", None)
         if not job.is_main:

@@ -18,6 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "cocodiff.exchange.layout",
         "cocodiff.timeline",
         "cocodiff.patches",
+        "cocodiff.refuse",
         "cocodiff.tiny",
     ),
     ("cocodiff.launch", "cocodiff.topology"),

@@ -13,7 +13,13 @@ TEXT_WIDTH, POOLED_WIDTH = 24, 20
 
 
 def flux_pipeline(
-    task: str = "text2image", *, heads: int = 8, dtype: torch.dtype = torch.float32, seed: int = 0
+    task: str = "text2image",
+    *,
+    heads: int = 8,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    double: int = 2,
+    single: int = 2,
 ) -> Any:
     """One of the five FLUX pipelines, without text encoders (prompts are embeddings)."""
     import diffusers
@@ -25,8 +31,8 @@ def flux_pipeline(
     transformer = diffusers.FluxTransformer2DModel(
         in_channels=channels,
         out_channels=16,
-        num_layers=2,
-        num_single_layers=2,
+        num_layers=double,
+        num_single_layers=single,
         attention_head_dim=12,
         num_attention_heads=heads,
         joint_attention_dim=TEXT_WIDTH,

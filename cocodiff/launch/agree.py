@@ -15,12 +15,13 @@ from cocodiff.errors import MismatchError
 
 def gather_json(value: Any, group: dist.ProcessGroup) -> list[Any]:
     """Every rank's JSON value, in rank order. `group` is a gloo group."""
-    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(group.size())]
-    dist.all_gather(sizes, torch.tensor([data.numel()]), group=group)
+    host = torch.device("cpu")  # whatever torch.set_default_device says
+    data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=host)
+    sizes = [torch.zeros(1, dtype=torch.int64, device=host) for _ in range(group.size())]
+    dist.all_gather(sizes, torch.tensor([data.numel()], device=host), group=group)
     longest = int(max(sizes))
-    buffers = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
-    padded = torch.zeros(longest, dtype=torch.uint8)
+    buffers = [torch.zeros(longest, dtype=torch.uint8, device=host) for _ in sizes]
+    padded = torch.zeros(longest, dtype=torch.uint8, device=host)
     padded[: data.numel()] = data
     dist.all_gather(buffers, padded, group=group)
     return [json.loads(bytes(b[: int(n)].tolist())) for b, n in zip(buffers, sizes, strict=True)]

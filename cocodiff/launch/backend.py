@@ -52,8 +52,8 @@ def local_device(requested: str | torch.device | None, ranks: Ranks) -> torch.de
 def choose_backend(device_type: str) -> tuple[str, str]:
     """The backend for tensors on `device_type`, and one sentence saying why.
 
-    cuda takes nccl, xpu torch's own xccl (oneccl_bindings_for_pytorch ended with torch 2.8), cpu gloo, else a torch built
-    with MPI. The name is that of one backend: make a gloo group for host metadata beside it with
+    cuda takes nccl, xpu torch's own xccl (oneccl_bindings_for_pytorch ended with torch 2.8), cpu gloo, else a torch
+    built with MPI. The name is that of one backend: make a gloo group for host metadata beside it with
     `dist.new_group(backend="gloo")`. Every rank with the same software comes to the same; `join` checks that they did.
 
     Raises `LaunchError` when nothing can carry such tensors. Gloo never stands in for an accelerator's

@@ -11,7 +11,7 @@ import atexit
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -56,6 +56,7 @@ class Guard:
         self._call = 0
         self._depth = 0
         self._inside = False
+        self._in_step: Callable[[], bool] | None = None
         self._closed = False
         self._last_failed = False
         # What the thread has heard of a call: another rank's failure, or None for "rank 0 finished, exits".
@@ -64,8 +65,11 @@ class Guard:
         self._released_call = 0
 
     @contextmanager
-    def watch(self, what: str) -> Iterator[None]:
+    def watch(self, what: str, in_step: Callable[[], bool] | None = None) -> Iterator[None]:
         """While inside, a failure of another rank in the same call ends this process after the grace.
+
+        `in_step` answers whether this rank is now where all ranks must be. A rank that is there still, the grace
+        after another has left the call in good order, waits for ever, and is ended, too.
 
         Any exception raised inside is reported to the other ranks and raised on. `what` names the call in
         messages. An inner `watch` belongs to the outer one. Raises `LaunchError` when the store cannot be
@@ -78,7 +82,7 @@ class Guard:
             finally:
                 self._depth -= 1
             return
-        self._enter()
+        self._enter(in_step)
         self._depth = 1
         failure: BaseException | None = None
         try:
@@ -114,7 +118,7 @@ class Guard:
         # A daemon thread inside torch while the interpreter dies can abort the process, hence the wait.
         self._thread.join(timeout=2 * _STORE_SECONDS)
 
-    def _enter(self) -> None:
+    def _enter(self, in_step: Callable[[], bool] | None) -> None:
         if self._link is None:
             try:
                 self._link = self._store.clone()  # type: ignore[attr-defined]
@@ -127,6 +131,7 @@ class Guard:
         with self._changed:
             self._call += 1
             self._inside = True
+            self._in_step = in_step
             self._changed.notify_all()
 
     def _leave(self, what: str, failure: BaseException | None) -> None:
@@ -141,6 +146,8 @@ class Guard:
             if failure is not None:
                 said = f"failed in {what}: {type(failure).__name__}: {failure}"
                 self._link.compare_set(f"failed/{self._call}", "", self._report(said))
+            else:
+                self._link.compare_set(f"left/{self._call}", "", self._report(f"left {what}; this rank is inside"))
             if not released:
                 self._link.add("released", 1)
             if failure is not None and self._rank == 0:
@@ -183,9 +190,12 @@ class Guard:
     def _news(self, call: int) -> str | None:
         """What went wrong elsewhere in this call, if anything did."""
         assert self._link is not None
+        alone = self._in_step is not None and self._in_step()
         if self._heard[0] == call:  # and never ask again: the store may go
-            return self._heard[1]
+            return self._heard[1] or ("rank 0 has finished this call and ended" if alone else None)
         try:
+            if alone and self._link.check([f"left/{call}"]):
+                return self._link.get(f"left/{call}").decode(errors="replace")
             if self._link.check([f"failed/{call}"]):
                 self._heard = call, self._link.get(f"failed/{call}").decode(errors="replace")
                 self._release(call)

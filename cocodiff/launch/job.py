@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from cocodiff.launch.agree import gather_json
 from cocodiff.launch.backend import choose_backend, local_device
 from cocodiff.launch.guard import Guard
-from cocodiff.launch.join import check_backend, join
+from cocodiff.launch.join import join
 from cocodiff.launch.ranks import discover
 
 
@@ -26,6 +26,7 @@ class Job:
         hosts: for every rank the name of its host.
         backend: of the tensors' groups, and why; "none" on one rank.
         host_group, guard: None on one rank.
+        shared: several pipelines live on it, so none of them may close it.
     """
 
     rank: int
@@ -37,23 +38,24 @@ class Job:
     backend_reason: str = "one rank"
     host_group: dist.ProcessGroup | None = None
     guard: Guard | None = None
+    shared: bool = False
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     @contextmanager
-    def watched(self, what: str) -> Iterator[None]:
-        """While inside, a failure of any rank ends this one, too, instead of leaving it to wait."""
+    def watched(self, what: str, in_step: Callable[[], bool] | None = None) -> Iterator[None]:
+        """While inside, a failure of any rank ends this one, too, instead of leaving it to wait (see `Guard.watch`)."""
         if self.guard is None:
             yield
         else:
-            with self.guard.watch(what):
+            with self.guard.watch(what, in_step):
                 yield
 
     def close(self) -> None:
-        """Free what this job made for itself; the default process group stays. Collective."""
-        if self.guard is not None and self.host_group is not None:
+        """Free what this job made for itself, unless it is shared; the default process group stays. Collective."""
+        if not self.shared and self.guard is not None and self.host_group is not None:
             self.guard.close()
             dist.destroy_process_group(self.host_group)
 
@@ -70,12 +72,10 @@ def start_job(device: str | torch.device | None) -> Job:
         return Job(0, 1, place, ranks.launcher, (socket.gethostname(),))
     if joined and dist.get_world_size() == 1:
         return Job(0, 1, place, "torch.distributed", (socket.gethostname(),))
+    backend, reason = choose_backend(place.type)
+    join(ranks, backend, place)  # a group that exists is only checked
     if joined:
-        check_backend(place.type)
         backend, reason = _backend_of(place), "of the existing process group"
-    else:
-        backend, reason = choose_backend(place.type)
-        join(ranks, backend, place)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     host_group = dist.new_group(list(range(world_size)), backend="gloo")
     hosts = _hosts(gather_json([socket.gethostname(), ranks.local_rank, ranks.launcher], host_group))

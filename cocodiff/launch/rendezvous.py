@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
+import threading
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -51,10 +52,20 @@ def open_store(ranks: Ranks, timeout_seconds: float) -> dist.Store:
 
 
 def _open_store_by_mpi(ranks: Ranks, timeout_seconds: float, address: str | None) -> dist.Store:
-    comm = _world_communicator(ranks)
-    own_host = _host_digest()
-    hosts = bytearray(len(own_host) * ranks.world_size)
-    comm.Allgather(own_host, hosts)
+    # MPI waits without end, and a rank that failed before it came here tells nobody.
+    said = (
+        f"rank {ranks.rank} waited {timeout_seconds:g} s in vain for all {ranks.world_size} ranks to start: one failed"
+    )
+    deadline = threading.Timer(timeout_seconds, _give_up, [said])
+    deadline.daemon = True
+    deadline.start()
+    try:
+        comm = _world_communicator(ranks)
+        own_host = _host_digest()
+        hosts = bytearray(len(own_host) * ranks.world_size)
+        comm.Allgather(own_host, hosts)
+    finally:
+        deadline.cancel()
     if bytes(hosts) == own_host * ranks.world_size:
         address = "127.0.0.1"
     message = bytearray(2 + _ADDRESS_BYTES)
@@ -84,6 +95,11 @@ def _open_store_by_mpi(ranks: Ranks, timeout_seconds: float, address: str | None
             ) from error
     store.set_timeout(timedelta(seconds=timeout_seconds))
     return store
+
+
+def _give_up(said: str) -> None:
+    os.write(2, f"cocodiff: {said}\n".encode())
+    os._exit(1)  # the main thread is inside MPI and could not
 
 
 def _world_communicator(ranks: Ranks) -> Any:

@@ -23,20 +23,23 @@ from cocodiff.models.family import Family
 from cocodiff.patches import Patches
 
 
-class Rest:
-    """The part of a block outside its attention: `beside` it, and after it (`finish`), for some rows."""
-
-    def __init__(self, finish: Callable[..., Any], beside: Callable[[slice], Tensor] | None = None) -> None:
-        self.finish, self.beside = finish, beside
-
-
 class FluxLayer:
     """`cocodiff.attention.Layer` for one FluxAttention; `text` is None in single blocks, whose stream is joined."""
 
-    def __init__(self, attn: Any, image: Tensor, text: Tensor | None, rotary: Any, rest: Rest, backend: Any) -> None:
-        self.attn, self.image, self.text, self.rotary, self.rest = attn, image, text, rotary, rest
+    def __init__(
+        self,
+        attn: Any,
+        image: Tensor,
+        text: Tensor | None,
+        rotary: Any,
+        finish: Callable[..., Any],
+        beside: Callable[[slice], Tensor] | None,
+        backend: Any,
+    ) -> None:
+        self.attn, self.image, self.text, self.rotary = attn, image, text, rotary
         self.num_heads: int = attn.heads
-        self._backend = backend
+        self.finish = finish
+        self._beside, self._backend = beside, backend
         self._fused: list[tuple[Tensor, ...]] | None = None
 
     def value(self) -> Tensor:
@@ -54,10 +57,7 @@ class FluxLayer:
         return dispatch_attention_fn(query, key, value, backend=self._backend)
 
     def beside(self, rows: slice) -> Tensor | None:
-        return None if self.rest.beside is None else self.rest.beside(rows)
-
-    def finish(self, rows: slice, attended: Tensor, beside: Tensor | None) -> Any:
-        return self.rest.finish(rows, attended, beside)
+        return None if self._beside is None else self._beside(rows)
 
     def _project(self, index: int, image_name: str, text_name: str) -> list[Tensor]:
         """Text (if any) and image, `(B, S, H, D)` each, by one of the three projections."""
@@ -98,12 +98,14 @@ class FluxProcessor:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         image_rotary_emb: Any = None,
-        rest: Rest | None = None,
+        finish: Callable[..., Any] | None = None,
+        beside: Callable[[slice], Tensor] | None = None,
     ) -> list[Any]:
-        if rest is None or attention_mask is not None:
-            what = "a block's forward was replaced" if rest is None else "an attention_mask was passed"
+        if finish is None or attention_mask is not None:
+            what = "a block's forward was replaced" if finish is None else "an attention_mask was passed"
             raise PatchError(f"{what} after cocodiff.wrap: FLUX cannot run so on shards. Wrap again, last.")
-        layer = FluxLayer(attn, hidden_states, encoder_hidden_states, image_rotary_emb, rest, self._attention_backend)
+        backend = self._attention_backend
+        layer = FluxLayer(attn, hidden_states, encoder_hidden_states, image_rotary_emb, finish, beside, backend)
         return attention(self._engine, layer)
 
 
@@ -149,7 +151,7 @@ def _double_block(
         hidden_states=norm_image,
         encoder_hidden_states=norm_text,
         image_rotary_emb=image_rotary_emb,
-        rest=Rest(finish),
+        finish=finish,
         **(joint_attention_kwargs or {}),
     )
     return _cat([text for text, _ in pieces]), _cat([image for _, image in pieces])
@@ -187,7 +189,8 @@ def _single_block(
         block.attn(
             hidden_states=norm_hidden_states,
             image_rotary_emb=image_rotary_emb,
-            rest=Rest(finish, beside),
+            finish=finish,
+            beside=beside,
             **(joint_attention_kwargs or {}),
         )
     )

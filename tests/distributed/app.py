@@ -27,6 +27,15 @@ def main(mode: str, folder: Path) -> None:
             return kwargs
 
         call["callback_on_step_end"] = fail
+    if mode == "differ":
+        call["guidance_scale"] = 1.0 + job.rank
+    if mode == "interrupt":
+
+        def stop(pipe, step, timestep, kwargs):
+            pipe._interrupt = job.rank == 0
+            return kwargs
+
+        call["callback_on_step_end"] = stop
     latents = pipe(**{**call, "generator": torch.Generator().manual_seed(1)}).images
     error = relative_error(latents, alone)
     (folder / f"{job.rank}").write_text(f"{job.world_size} {job.launcher} {error}")

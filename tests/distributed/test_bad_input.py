@@ -135,6 +135,83 @@ def test_calls_that_differ_or_were_tampered_with():
         assert words in everyone[0][name], everyone[0][name]
 
 
+def _out_of_step():
+    """Ranks that fail at different places within a call, catch it, and call again; LoRA on one rank; two threads."""
+    import os
+    import threading
+
+    import cocodiff
+
+    rank, said = int(os.environ["RANK"]), {}
+    pipe = cocodiff.wrap(flux_pipeline())
+    pipe.cocodiff.job.guard.close()  # it would end ranks that hang, which is another test
+    layer = pipe.transformer.single_transformer_blocks[1].attn
+    hook = (layer.to_k if rank == 0 else layer.to_q).register_forward_hook(_out_of_memory)
+    with pytest.raises(MemoryError):
+        pipe(**flux_call("text2image"))
+    hook.remove()
+    said["out of step"] = _message(ValueError, lambda: pipe(**flux_call("text2image")))
+
+    other = cocodiff.wrap(flux_pipeline())
+    if rank == 1:
+        from peft import LoraConfig
+
+        other.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_v"], init_lora_weights=False), "style")
+    said["lora"] = _message(ValueError, lambda: other(**flux_call("text2image")))
+
+    busy = cocodiff.wrap(flux_pipeline())
+    inside = {}
+
+    def nested(pipe, step, timestep, kwargs):
+        thread = threading.Thread(target=lambda: inside.update(said=_message(RuntimeError, call_again)))
+        thread.start()
+        thread.join()
+        return kwargs
+
+    def call_again():
+        with busy.cocodiff.door.in_pipeline():
+            pass
+
+    busy(**flux_call("text2image"), callback_on_step_end=nested)
+    said["two at once"] = inside["said"]
+    return said
+
+
+def _out_of_memory(*_):
+    raise MemoryError("on purpose")
+
+
+def test_ranks_out_of_step_one_sided_adapters_and_two_calls_at_once():
+    everyone = run_ranks(2, _out_of_step)
+    words = {"out of step": "unwrap and wrap again", "lora": "weights: ", "two at once": "one at a time"}
+    for said in everyone:
+        for name, text in words.items():
+            assert text in said[name], said
+
+
+def _clusters_of_one_name(folder):
+    """A cluster file that reads differently on two ranks."""
+    import os
+    from pathlib import Path
+
+    import cocodiff
+
+    rank = int(os.environ["RANK"])
+    os.chdir(Path(folder) / str(rank % 2))
+    return _message(ValueError, lambda: cocodiff.wrap(flux_pipeline(), cluster="cluster.json"))
+
+
+def test_cluster_files_that_differ_between_ranks(tmp_path):
+    from cocodiff import Cluster, Level
+
+    for name, sizes in (("0", (2, 2)), ("1", (4, 1))):
+        (tmp_path / name).mkdir()
+        levels = tuple(Level(f"level {i}", size, 1.0, 1.0) for i, size in enumerate(sizes))
+        (tmp_path / name / "cluster.json").write_text(Cluster("mine", levels).to_json())
+    for said in run_ranks(4, _clusters_of_one_name, str(tmp_path)):
+        assert "cluster: " in said and "on ranks 0, 2" in said, said
+
+
 def _direct_call():
     """The transformer called outside its pipeline: right if all ranks give the same, an error if not."""
     import os

@@ -77,6 +77,55 @@ def test_additions_before_and_after_wrapping(name):
             assert moved > 0.01  # the control: without it the picture is another
 
 
+def _scaled_and_in_inference_mode():
+    """A LoRA's scale, inference mode and autocast reach every rank's part."""
+    import cocodiff
+
+    errors = []
+    alone, together = flux_pipeline(), flux_pipeline()
+    _add_lora(alone)
+    cocodiff.wrap(together)
+    _add_lora(together)
+    scaled = dict(joint_attention_kwargs={"scale": 0.3})
+    with torch.inference_mode():
+        reference = alone(**flux_call("text2image"), **scaled).images
+        errors.append(relative_error(together(**flux_call("text2image"), **scaled).images, reference))
+    with torch.autocast("cpu", torch.bfloat16):
+        reference = alone(**flux_call("text2image")).images
+        errors.append(relative_error(together(**flux_call("text2image")).images, reference) / 1e3)  # bfloat16
+    return errors
+
+
+def test_lora_scale_inference_mode_and_autocast():
+    for errors in run_ranks(2, _scaled_and_in_inference_mode):
+        assert max(errors) < LIMIT, errors
+
+
+def _hook_taken_off_between_calls():
+    """What enable_model_cpu_offload does around every call: its hook goes and comes, our forward must stay."""
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    import cocodiff
+
+    pipe = flux_pipeline()
+    alone = pipe(**flux_call("text2image")).images
+    add_hook_to_module(pipe.transformer, ModelHook())
+    cocodiff.wrap(pipe)
+    errors = [relative_error(pipe(**flux_call("text2image")).images, alone)]
+    remove_hook_from_module(pipe.transformer)
+    errors.append(relative_error(pipe(**flux_call("text2image")).images, alone))
+    add_hook_to_module(pipe.transformer, ModelHook())
+    errors.append(relative_error(pipe(**flux_call("text2image")).images, alone))
+    cocodiff.unwrap(pipe)
+    assert torch.equal(pipe(**flux_call("text2image")).images, alone)
+    return errors
+
+
+def test_offload_hooks_that_come_and_go():
+    for errors in run_ranks(2, _hook_taken_off_between_calls):
+        assert max(errors) < LIMIT, errors
+
+
 def _backend_calls():
     from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
@@ -116,7 +165,22 @@ def _refusals():
     def quantise(pipe):
         pipe.transformer.hf_quantizer = object()
 
+    def broadcast(pipe):
+        from diffusers import PyramidAttentionBroadcastConfig
+        from diffusers.hooks import apply_pyramid_attention_broadcast
+
+        config = PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500
+        )
+        apply_pyramid_attention_broadcast(pipe.transformer, config)
+
+    def compile_one(pipe):
+        pipe.transformer.transformer_blocks[0] = torch.compile(pipe.transformer.transformer_blocks[0])
+
     changes = {
+        "attention broadcast": broadcast,
+        "one block compiled": compile_one,
+        "hook": lambda pipe: pipe.transformer.transformer_blocks[0].register_forward_pre_hook(lambda *args: None),
         "step cache": lambda pipe: pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1)),
         "compiled": lambda pipe: pipe.transformer.compile(),
         "blocks compiled": compile_blocks,
@@ -137,7 +201,15 @@ def _refusals():
 
 def test_what_cannot_work_is_refused_with_the_reason():
     everyone = run_ranks(2, _refusals)
-    words = {"step cache": "hang", "compiled": "compile", "blocks compiled": "compile", "quantised": "tensor"}
+    words = {
+        "step cache": "hang",
+        "attention broadcast": "pyramid",
+        "one block compiled": "compile",
+        "hook": "tokens",
+        "compiled": "compile",
+        "blocks compiled": "compile",
+        "quantised": "tensor",
+    }
     words |= {"compiled copy": "replaced", "ip-adapter": "IP-Adapter"}
     for said in everyone:
         assert said == everyone[0]

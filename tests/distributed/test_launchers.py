@@ -65,10 +65,31 @@ def test_an_existing_process_group_is_left_alone(tmp_path):
     assert status == 0, output
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_when_one_rank_fails_all_end(launcher, tmp_path):
-    status, output, seconds = _start(launcher, 2, "fail", tmp_path)
-    assert status != 0 and seconds < 60 and "the disk of one rank is full" in output, output
+ENDINGS = {
+    "fail": "the disk of one rank is full",
+    "differ": "guidance_scale: 1.0 on rank 0; 2.0 on rank 1",
+    "interrupt": "rank 0 left a call of FluxPipeline",
+}
+
+
+@pytest.mark.parametrize(
+    "launcher, mode", [("torchrun", "fail"), ("mpiexec", "fail"), ("mpiexec", "differ"), ("mpiexec", "interrupt")]
+)
+def test_when_one_rank_fails_or_goes_its_own_way_all_end(launcher, mode, tmp_path):
+    status, output, seconds = _start(launcher, 2, mode, tmp_path)
+    assert status != 0 and seconds < 60 and ENDINGS[mode] in output, (seconds, output)
+
+
+def test_a_model_that_one_rank_lacks_ends_all_under_mpiexec(tmp_path):
+    if shutil.which("mpiexec") is None or not _has("mpi4py"):
+        pytest.skip("needs mpiexec and mpi4py (pip install 'cocodiff[mpi]')")
+    program = [sys.executable, "-m", "cocodiff.cli", "generate", "--prompt", "x", "--steps", "1"]
+    here, there = [*program, "--model", "tiny"], [*program, "--model", str(tmp_path / "nowhere")]
+    command = ["mpiexec", "-n", "1", *here, "--out", str(tmp_path / "out.png"), ":", "-n", "1", *there]
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode != 0 and "nowhere" in done.stderr, done.stdout + done.stderr
 
 
 def test_generate_draws_on_local_ranks_and_refuses_a_model_that_is_not_there(tmp_path):
