@@ -20,6 +20,7 @@ from cocodiff.launch.job import Job, start_job
 from cocodiff.mesh import Mesh
 from cocodiff.models import Family, family_of
 from cocodiff.patches import Patches
+from cocodiff.refuse import refuse_modifications
 from cocodiff.topology import Cluster, load_cluster
 
 
@@ -167,6 +168,7 @@ def attach(pipeline: Any, config: Config, job: Job) -> Any:
 def _install(pipeline: Any, attachment: Attachment) -> None:
     transformer, job, config = pipeline.transformer, attachment.job, attachment.config
     assert job.host_group is not None
+    refuse_modifications(transformer, [])  # before weights are looked at: quantised ones have no plain values
     given: dict[str, Any] = {field.name: repr(getattr(config, field.name)) for field in fields(config)}
     cluster, attachment.cluster_reason = load_cluster(config.cluster, job.hosts, job.device.type)
     given |= {"cluster": cluster.to_json(), "pipeline": type(pipeline).__name__, "device type": job.device.type}
