@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import random
 import sys
 import time
 from pathlib import Path
@@ -31,6 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import tiny_score  # noqa: E402
 from tiny_muon import Muon  # noqa: E402
+from tiny_vae import cosine, draw_pictures, encode_pictures, log, set_rate, train_vae  # noqa: E402
 
 from cocodiff.tiny import models, pictures  # noqa: E402
 
@@ -38,72 +37,6 @@ LEARNING_RATE = 1e-3
 EMA_DECAY = 0.998
 EMPTY_CAPTIONS = 0.1
 """Share of the captions replaced by "" in training, so that classifier-free guidance works."""
-
-
-def log(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
-
-
-def cosine(step: int, steps: int, warmup: int = 50) -> float:
-    """Learning rate at `step` over the highest one: linear warm-up, then a half cosine down to 2 %."""
-    ramp = min(1.0, (step + 1) / warmup)
-    return ramp * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-
-
-def set_rate(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-
-
-def draw_pictures(count: int, folder: Path) -> tuple[Tensor, Tensor]:
-    """(N, 3, 64, 64) uint8 pictures of training scenes and (N,) indices into `training_scenes()`."""
-    path = folder / f"pictures-{count}.safetensors"
-    if not path.exists():
-        scenes = pictures.training_scenes()
-        rng = random.Random(1)
-        # Every caption equally often, in random order.
-        order = [i % len(scenes) for i in range(count)]
-        rng.shuffle(order)
-        drawn = np.stack([np.asarray(pictures.draw_scene(scenes[i], rng)) for i in order])
-        tensors = {"pictures": torch.from_numpy(drawn).permute(0, 3, 1, 2).contiguous()}
-        save_file({**tensors, "scenes": torch.tensor(order)}, path)
-        log(f"drew {count} pictures")
-    tensors = load_file(path)
-    return tensors["pictures"], tensors["scenes"]
-
-
-def as_input(batch: Tensor) -> Tensor:
-    """uint8 pictures -> float in [-1, 1], what the autoencoder takes."""
-    return batch.float() / 127.5 - 1
-
-
-def train_vae(vae: nn.Module, images: Tensor, steps: int, batch: int = 32) -> None:
-    """Reconstruction plus a light pull of the latents towards a normal distribution, in place."""
-    vae.train().requires_grad_(True)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0.0)
-    generator = torch.Generator().manual_seed(2)
-    for step in range(steps):
-        set_rate([optimizer], 2e-3 * cosine(step, steps))
-        x = as_input(images[torch.randint(len(images), (batch,), generator=generator)])
-        posterior = vae.encode(x).latent_dist
-        error = (vae.decode(posterior.sample(generator)).sample - x).pow(2).mean()
-        divergence = 0.5 * (posterior.mean.pow(2) + posterior.var - 1 - posterior.logvar).mean()
-        optimizer.zero_grad()
-        (error + 1e-4 * divergence).backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        if step % 50 == 0 or step == steps - 1:
-            psnr = 10 * math.log10(4 / error.item())
-            log(f"autoencoder {step}/{steps}: {psnr:.1f} dB, KL {divergence:.2f}")
-    vae.eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def encode_pictures(vae: nn.Module, images: Tensor) -> Tensor:
-    """(N, 4, 32, 32) latents, not yet shifted and scaled, in float16."""
-    means = [vae.encode(as_input(part)).latent_dist.mean.half() for part in images.split(64)]
-    return torch.cat(means)
 
 
 @torch.no_grad()
@@ -114,11 +47,22 @@ def encode_captions(pipe: Any) -> tuple[Tensor, Tensor]:
     return tokens, pooled
 
 
-def timesteps(batch: int, generator: torch.Generator) -> Tensor:
-    """(batch,) noise levels: half spread evenly over [0, 1], half logit-normal and shifted towards noise."""
+def schedule(step: int, steps: int) -> tuple[float, float]:
+    """Learning rate, and how far `timesteps` leans towards noise, at `step`: two thirds as one cosine, then another.
+
+    The second starts at half the rate and leans further: what lies where, and in which colour, is decided there.
+    """
+    first = 2 * steps // 3
+    if step < first:
+        return LEARNING_RATE * cosine(step, first, warmup=100), 0.5
+    return 0.5 * LEARNING_RATE * cosine(step - first, steps - first), 1.5
+
+
+def timesteps(batch: int, lean: float, generator: torch.Generator) -> Tensor:
+    """(batch,) noise levels: half spread evenly over [0, 1], half logit-normal around `lean`."""
     half = batch // 2
     even = (torch.arange(half) + torch.rand(half, generator=generator)) / half
-    return torch.cat([even, torch.sigmoid(torch.randn(batch - half, generator=generator) + 0.5)])
+    return torch.cat([even, torch.sigmoid(torch.randn(batch - half, generator=generator) + lean)])
 
 
 class Trainer:
@@ -202,7 +146,8 @@ def train_transformer(pipe: Any, latents: Tensor, scenes: Tensor, args: argparse
         rows = torch.randint(len(latents), (args.batch,), generator=generator)
         caption = scenes[rows].clone()
         caption[torch.rand(args.batch, generator=generator) < EMPTY_CAPTIONS] = len(tokens) - 1
-        x, t = latents[rows], timesteps(args.batch, generator)
+        rate, lean = schedule(trainer.step, args.steps)
+        x, t = latents[rows], timesteps(args.batch, lean, generator)
         noise = torch.randn(x.shape, generator=generator)
         mixture = x + t[:, None, None] * (noise - x)
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bfloat16):
@@ -216,7 +161,7 @@ def train_transformer(pipe: Any, latents: Tensor, scenes: Tensor, args: argparse
                 return_dict=False,
             )[0]
         loss = (velocity.float() - (noise - x)).pow(2).mean()
-        trainer.update(loss, LEARNING_RATE * cosine(trainer.step, args.steps, warmup=100))
+        trainer.update(loss, rate)
         losses.append(loss.item())
         seconds = before + time.monotonic() - start
         if trainer.step % 50 == 0:
