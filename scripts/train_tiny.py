@@ -1,6 +1,6 @@
 """Train the tiny FLUX pipelines again from nothing, score them, and write weights and contact sheets.
 
-    python scripts/train_tiny.py               # about 45 minutes on two cores; resumes if interrupted
+    python scripts/train_tiny.py               # 80 minutes and more on two cores; resumes if interrupted
     python scripts/train_tiny.py --evaluate    # only score the weights that come with the package
 
 Three stages, each kept in --work-dir: an autoencoder on drawn pictures, its latents, and the transformer as a

@@ -1,5 +1,6 @@
 """bfloat16 against one rank, beside diffusers' own context parallelism on the same inputs."""
 
+import os
 import statistics
 
 import pytest
@@ -11,32 +12,43 @@ from tests.pipelines import flux_call, flux_pipeline, relative_error
 INPUTS = 16
 
 
-def _call(seed):
+def _call(seed, dtype=torch.bfloat16):
     """Sizes that divide, since diffusers' context parallelism needs that."""
     call = flux_call("text2image", height=32, width=32, text_len=8, seed=seed)
+    call |= {name: call[name].to(torch.bfloat16).to(dtype) for name in call if name.endswith("_embeds")}
     return {**call, "num_inference_steps": 2, "true_cfg_scale": 1.0}
 
 
+def _medians(pipe, references):
+    """Median error against each list of references."""
+    drawn = [pipe(**_call(seed)).images for seed in range(INPUTS)]
+    return [statistics.median(map(relative_error, drawn, reference)) for reference in references]
+
+
 def _errors(schedule):
+    """Ours and diffusers', each against one rank in float32 (on the same, rounded, weights) and in bfloat16."""
     from diffusers import ContextParallelConfig
 
     import cocodiff
 
-    ranks = int(__import__("os").environ["WORLD_SIZE"])
-    pipe = flux_pipeline(dtype=torch.bfloat16)
-    alone = [pipe(**_call(seed)).images for seed in range(INPUTS)]
+    ranks = int(os.environ["WORLD_SIZE"])
+    exact, pipe = flux_pipeline(dtype=torch.bfloat16).to(torch.float32), flux_pipeline(dtype=torch.bfloat16)
+    references = [
+        [exact(**_call(seed, torch.float32)).images for seed in range(INPUTS)],
+        [pipe(**_call(seed)).images for seed in range(INPUTS)],
+    ]
     level = cocodiff.Level("link", ranks, 1.0, 1e-6)
     cocodiff.wrap(pipe, schedule=schedule, cluster=cocodiff.Cluster("test", (level,)))
-    ours = [relative_error(pipe(**_call(seed)).images, alone[seed]) for seed in range(INPUTS)]
+    ours = _medians(pipe, references)
     cocodiff.unwrap(pipe)
 
     torch.accelerator.device_count = lambda: 1  # it divides by it, and a CPU has none
     pipe.transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=ranks))
-    theirs = [relative_error(pipe(**_call(seed)).images, alone[seed]) for seed in range(INPUTS)]
-    return statistics.median(ours), statistics.median(theirs)
+    return ours, _medians(pipe, references)
 
 
 @pytest.mark.parametrize("ranks, schedule", [(2, "v_first"), (4, "v_first"), (2, "sequential")])
 def test_no_further_from_one_rank_than_diffusers(ranks, schedule):
     for ours, theirs in run_ranks(ranks, _errors, schedule):
-        assert 0 < theirs and ours <= 1.25 * theirs, (ours, theirs)
+        assert 0 < theirs[0] and ours[0] <= 1.25 * theirs[0], (ours, theirs)
+        assert ours[1] <= 1.25 * theirs[1], (ours, theirs)  # on a CPU both may be zero: bit-equal to one rank
