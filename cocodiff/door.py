@@ -49,12 +49,17 @@ class Door:
         self._signature = inspect.signature(forward)
         self._attentions = [(attn, attn.processor) for attn in attentions]
         self._carriers = carriers(transformer, attentions)
+        self.running = False  # inside the forward, where every other rank must be, too
         self._in_pipeline = False
         self._differs: list[Tensor] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.job.watched("the transformer's forward"):
-            return self._run(*args, **kwargs)
+            self.running = True
+            try:
+                return self._run(*args, **kwargs)
+            finally:
+                self.running = False
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         self.check()

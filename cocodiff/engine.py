@@ -49,11 +49,6 @@ class Engine:
         return [lane.submitted for lane in self._lanes.values()]
 
     @property
-    def in_forward(self) -> bool:
-        """Whether the transformer is running on shards now, so that other ranks must be in it, too."""
-        return self._tokens is not None
-
-    @property
     def rank(self) -> int:
         return self.mesh.rank
 

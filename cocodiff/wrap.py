@@ -242,7 +242,7 @@ def _running(pipeline: Any, given: dict[str, Any]) -> Iterator[None]:
     attachment: Attachment = pipeline.cocodiff
     job, door, group = attachment.job, attachment.door, attachment.job.host_group
     assert door is not None and group is not None
-    with job.watched(f"a call of {type(pipeline).__name__}", lambda: door.engine.in_forward):
+    with job.watched(f"a call of {type(pipeline).__name__}", lambda: door.running):
         if pipeline.transformer is not door.transformer:
             raise PatchError("pipe.transformer was replaced after cocodiff.wrap: unwrap(pipe) and wrap(pipe) again.")
         place = torch.device(pipeline._execution_device)
