@@ -36,6 +36,7 @@ def pack_heads(x: Tensor, num_heads: Sequence[int], order: Sequence[int]) -> Ten
     Returns:
         `(numel,)`: for each destination a block `(S_local, B, num_heads[destination], D)`.
 
+    >>> import torch
     >>> pack_heads(torch.arange(4.0).view(1, 2, 2, 1), [1, 1], order=[0, 1]).tolist()
     [0.0, 2.0, 1.0, 3.0]
     """
@@ -45,6 +46,7 @@ def pack_heads(x: Tensor, num_heads: Sequence[int], order: Sequence[int]) -> Ten
 def unpack_heads(buffer: Tensor, batch: int, num_heads_local: int, head_dim: int) -> Tensor:
     """What `pack_heads` of all ranks sent here, in rank order, as `(B, S, H_local, D)`: a view, nothing moves.
 
+    >>> import torch
     >>> unpack_heads(torch.arange(4.0), batch=1, num_heads_local=1, head_dim=1).shape
     torch.Size([1, 4, 1, 1])
     """
@@ -62,6 +64,7 @@ def pack_rows(x: Tensor, seq_lens: Sequence[int], order: Sequence[int]) -> Tenso
     Returns:
         `(numel,)`: for each destination a block `(seq_lens[destination], B, H_local, D)`.
 
+    >>> import torch
     >>> pack_rows(torch.arange(4.0).view(1, 4, 1, 1), [3, 1], order=[1, 0]).tolist()
     [3.0, 0.0, 1.0, 2.0]
     """
@@ -77,6 +80,7 @@ def unpack_rows(buffer: Tensor, batch: int, num_heads: Sequence[int], head_dim: 
     Returns:
         `(B, S_local, H * D)`, contiguous, as an output projection reads it.
 
+    >>> import torch
     >>> unpack_rows(torch.arange(4.0), batch=1, num_heads=[1, 1], head_dim=1).tolist()
     [[[0.0, 2.0], [1.0, 3.0]]]
     """
