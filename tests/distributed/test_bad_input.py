@@ -189,6 +189,27 @@ def test_ranks_out_of_step_one_sided_adapters_and_two_calls_at_once():
             assert text in said[name], said
 
 
+def _unwrap_while_a_lane_waits():
+    """Rank 0 alone starts an exchange: its lane waits for ever. Then both unwrap, wrap again and draw."""
+    import torch.distributed as dist
+
+    import cocodiff
+
+    pipe = cocodiff.wrap(flux_pipeline())
+    if dist.get_rank() == 0:
+        group = pipe.cocodiff.engine.mesh.flat_group
+        pipe.cocodiff.engine._outer_lane.submit(lambda x: dist.all_reduce(x, group=group) and x, torch.ones(1), "alone")
+    call = flux_call("text2image")
+    refused = _message(ValueError, lambda: pipe(**call))
+    return refused, cocodiff.wrap(cocodiff.unwrap(pipe))(**call).images
+
+
+def test_unwrapping_does_not_wait_for_what_never_comes():
+    for refused, images in run_ranks(2, _unwrap_while_a_lane_waits):
+        assert "unwrap and wrap again" in refused
+        assert relative_error(images, flux_pipeline()(**flux_call("text2image")).images) < 1e-5
+
+
 def _clusters_of_one_name(folder):
     """A cluster file that reads differently on two ranks."""
     import os
