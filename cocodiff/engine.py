@@ -11,8 +11,10 @@ from torch import Tensor
 from cocodiff.config import Config
 from cocodiff.errors import ConfigError, PatchError
 from cocodiff.exchange import Exchange, FlatExchange, Layout, StagedExchange, gather_equal, gather_rows, split_sizes
+from cocodiff.exchange.layout import outer_difference
 from cocodiff.lanes import make_lane
 from cocodiff.mesh import Mesh
+from cocodiff.tally import Tally
 from cocodiff.timeline import Timeline
 from cocodiff.tokens import Tokens
 
@@ -32,9 +34,10 @@ class Engine:
         levels = mesh.cluster.levels
         active = list(mesh.level_groups)
         self._lanes = {level: make_lane(levels[level].name, device, timeline) for level in active}
-        self._outer_lane = self._lanes[active[-1]]
-        self.flat: Exchange = FlatExchange(mesh.flat_group, self._outer_lane)
-        self.staged: Exchange = StagedExchange(mesh.cluster.sizes, mesh.rank, mesh.level_groups, self._lanes)
+        self.outer_lane = self._lanes[active[-1]]
+        self.tally, sizes = Tally(), mesh.cluster.sizes
+        self.flat: Exchange = FlatExchange(sizes, mesh.flat_group, self.outer_lane, self.tally)
+        self.staged: Exchange = StagedExchange(sizes, mesh.rank, mesh.level_groups, self._lanes, self.tally)
         self._tokens: Tokens | None = None
 
     def close(self) -> None:
@@ -103,7 +106,9 @@ class Engine:
 
     def gather(self, x: Tensor, stream: str) -> Tensor:
         """`(B, S_local, C)` shards of a stream -> the whole `(B, S, C)` on every rank."""
-        return gather_rows(x, self.tokens.streams[stream], self.mesh.flat_group, self._outer_lane)
+        longest = max(self.tokens.streams[stream]) * x.shape[0] * x.shape[2] * x.itemsize
+        self._tally_gather("gather", longest)
+        return gather_rows(x, self.tokens.streams[stream], self.mesh.flat_group, self.outer_lane)
 
     def differs(self, tensors: Iterable[Tensor]) -> Tensor:
         """Whether some rank holds other bits in these tensors: a bool on the device, for which nothing waits."""
@@ -113,8 +118,16 @@ class Engine:
             bits = x.contiguous().flatten().view(kinds[x.itemsize])
             places = torch.arange(1, bits.numel() + 1, device=x.device)  # int64, wraps: order counts, too
             sums.append((bits * places).sum())
-        everyone = gather_equal(torch.stack(sums), self.mesh.flat_group, self._outer_lane, "compare")
+        self._tally_gather("compare", len(sums) * sums[0].itemsize)
+        everyone = gather_equal(torch.stack(sums), self.mesh.flat_group, self.outer_lane, "compare")
         return (everyone != everyone[0]).any()
+
+    def _tally_gather(self, label: str, shard_bytes: int) -> None:
+        """As of a ring (gloo's and NCCL's): all shards but one go to the next rank. Other algorithms send no less."""
+        rank, ranks = self.rank, self.mesh.world_size
+        sent = [0] * len(self.mesh.cluster.sizes)
+        sent[outer_difference(rank, (rank + 1) % ranks, self.mesh.cluster.sizes)] = (ranks - 1) * shard_bytes
+        self.tally.add(label, sent)
 
     def span(self, label: str) -> AbstractContextManager[None]:
         """Names a stretch of compute in the timeline, if one is kept."""

@@ -17,6 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "cocodiff.kernels",
         "cocodiff.exchange.layout",
         "cocodiff.timeline",
+        "cocodiff.tally",
         "cocodiff.patches",
         "cocodiff.refuse",
         "cocodiff.tiny",
@@ -32,8 +33,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cocodiff.wrap",),
     ("cocodiff",),  # the public names: cocodiff/__init__.py
     ("cocodiff.doctor",),
+    ("cocodiff.bench",),
     ("cocodiff.cli",),
-    ("cocodiff.__main__",),
 )
 
 # What these may import of ours besides themselves.

@@ -100,6 +100,26 @@ def level_groups(sizes: Sequence[int], level: int) -> list[tuple[int, ...]]:
     return [tuple(start + digit * stride for digit in range(sizes[level])) for start in starts]
 
 
+def outer_difference(rank: int, other: int, sizes: Sequence[int]) -> int:
+    """The level whose link a message between two different ranks crosses: the outermost digit that differs.
+
+    >>> outer_difference(0, 1, (2, 2)), outer_difference(0, 3, (2, 2))
+    (0, 1)
+    """
+    pairs = zip(digits(rank, sizes), digits(other, sizes), strict=True)
+    return max(level for level, (mine, theirs) in enumerate(pairs) if mine != theirs)
+
+
+@lru_cache(maxsize=4096)
+def sent_flat(traffic: Traffic, sizes: tuple[int, ...], rank: int) -> tuple[int, ...]:
+    """Elements that this rank sends through each level in one flat exchange."""
+    sent = [0] * len(sizes)
+    for peer in range(len(traffic.source)):
+        if peer != rank:
+            sent[outer_difference(rank, peer, sizes)] += traffic.block(rank, peer)
+    return tuple(sent)
+
+
 @dataclass(frozen=True)
 class Stage:
     """One all-to-all inside one group of one level.

@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cocodiff.exchange.flat import all_to_all
-from cocodiff.exchange.layout import Stage, Traffic, staged_order, staged_plan
+from cocodiff.exchange.layout import Stage, Traffic, digits, staged_order, staged_plan
 from cocodiff.lanes import Lane, Ticket
+from cocodiff.tally import Tally
 
 
 class StagedExchange:
@@ -27,21 +28,31 @@ class StagedExchange:
         rank: this rank among them.
         groups: level -> the group of ranks that share all other digits, ordered by the digit of that level.
         lanes: level -> its lane. Levels of size one need neither.
+        tally: counts what is sent.
     """
 
     name = "staged"
 
     def __init__(
-        self, sizes: tuple[int, ...], rank: int, groups: Mapping[int, dist.ProcessGroup], lanes: Mapping[int, Lane]
+        self,
+        sizes: tuple[int, ...],
+        rank: int,
+        groups: Mapping[int, dist.ProcessGroup],
+        lanes: Mapping[int, Lane],
+        tally: Tally,
     ) -> None:
-        self._sizes, self._rank, self._groups, self._lanes = sizes, rank, groups, lanes
+        self._sizes, self._rank, self._groups, self._lanes, self._tally = sizes, rank, groups, lanes, tally
+        self._digits = digits(rank, sizes)
         self.order = staged_order(sizes)
 
     def start(self, send: Tensor, traffic: Traffic, label: str) -> Ticket:
         """Send a buffer packed in `self.order`; the ticket gives what arrived, in rank order, one-dimensional."""
         source: Tensor | Ticket = send
+        sent = [0] * len(self._sizes)
         for stage in staged_plan(traffic, self._sizes, self._rank):
+            sent[stage.level] = (sum(stage.send_splits) - stage.send_splits[self._digits[stage.level]]) * send.itemsize
             source = self._lanes[stage.level].submit(partial(self._run, stage), source, label)
+        self._tally.add(label, sent)
         assert not isinstance(source, Tensor), "a staged exchange needs a level of more than one rank"
         return source
 

@@ -198,7 +198,7 @@ def _unwrap_while_a_lane_waits():
     pipe = cocodiff.wrap(flux_pipeline())
     if dist.get_rank() == 0:
         group = pipe.cocodiff.engine.mesh.flat_group
-        pipe.cocodiff.engine._outer_lane.submit(lambda x: dist.all_reduce(x, group=group) and x, torch.ones(1), "alone")
+        pipe.cocodiff.engine.outer_lane.submit(lambda x: dist.all_reduce(x, group=group) and x, torch.ones(1), "alone")
     call = flux_call("text2image")
     refused = _message(ValueError, lambda: pipe(**call))
     return refused, cocodiff.wrap(cocodiff.unwrap(pipe))(**call).images

@@ -161,7 +161,7 @@ def _broken(what, expected):
         def start(send, traffic, label):
             if label == "k":
                 shape = sum(traffic.block(src, engine.rank) for src in engine.flat.order)
-                return engine._outer_lane.submit(lambda x: torch.zeros(shape).copy_(x.repeat(2)[:shape]), send, label)
+                return engine.outer_lane.submit(lambda x: torch.zeros(shape).copy_(x.repeat(2)[:shape]), send, label)
             return original(send, traffic, label)
 
         engine.flat.start = start

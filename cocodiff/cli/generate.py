@@ -1,30 +1,17 @@
-"""The command line: `cocodiff generate` and `cocodiff doctor`."""
+"""`cocodiff generate`: one picture on all ranks."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from cocodiff.errors import CocodiffError, ConfigError
-
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Diffusion transformers on many ranks.")
-
-
-def main() -> None:
-    """Entry point: errors meant for users are printed as one line, with the rank that met them."""
-    try:
-        app()
-    except CocodiffError as error:
-        print(f"cocodiff{_rank_words()}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+from cocodiff.cli.start import start_ranks
+from cocodiff.errors import ConfigError
 
 
-@app.command()
 def generate(
     prompt: Annotated[str, typer.Option(help="What to draw.")],
     model: Annotated[str, typer.Option(help="'tiny', a folder of a diffusers pipeline, or a hub id.")] = "tiny",
@@ -48,7 +35,7 @@ def generate(
 ) -> None:
     """Draw one picture on all ranks."""
     if ranks is not None:
-        raise SystemExit(_start_ranks(ranks))
+        raise SystemExit(start_ranks(ranks))
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of parts that are not used here, per rank
     from cocodiff.config import Config
     from cocodiff.launch.job import start_job
@@ -77,37 +64,6 @@ def generate(
         worst = float(abs(picture - alone).max())
         relative = float(((picture - alone) ** 2).sum() ** 0.5 / (alone**2).sum() ** 0.5)
         print(f"against one rank: largest difference of a pixel {worst:.1e} (of 1.0), relative error {relative:.1e}")
-
-
-@app.command()
-def doctor(json: Annotated[bool, typer.Option("--json", help="Machine readable.")] = False) -> None:
-    """Say what is installed, what was detected, and why. Under a launcher, for the whole run."""
-    from cocodiff.doctor import diagnose, render
-
-    findings, is_main = diagnose()
-    if is_main:
-        print(render(findings, as_json=json))
-
-
-def _rank_words() -> str:
-    """ " (rank 3)" where this process is one of several."""
-    from cocodiff.launch import discover
-
-    try:
-        ranks = discover(os.environ)
-    except CocodiffError:
-        return ""
-    return f" (rank {ranks.rank})" if ranks.world_size > 1 else ""
-
-
-def _start_ranks(ranks: int) -> int:
-    """This very command on local ranks of torchrun, which ends all of them when one fails."""
-    arguments = sys.argv[1:]
-    position = next(i for i, argument in enumerate(arguments) if argument.split("=")[0] == "--ranks")
-    del arguments[position : position + (1 if "=" in arguments[position] else 2)]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)), **os.environ}
-    return subprocess.run([*launcher, "-m", "cocodiff.cli", *arguments], env=environment).returncode
 
 
 def _open_image(path: Path) -> Any:
@@ -143,7 +99,3 @@ def _draw(pipe: Any, call: dict[str, Any], seed: int) -> Any:
     import torch
 
     return pipe(**call, generator=torch.Generator().manual_seed(seed)).images
-
-
-if __name__ == "__main__":
-    main()

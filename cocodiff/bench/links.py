@@ -1,0 +1,74 @@
+"""What crosses the links: interface counters of the system, and the rate that a link really carries."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from cocodiff.engine import Engine
+from cocodiff.exchange.flat import all_to_all
+from cocodiff.launch.agree import gather_json
+from cocodiff.launch.job import Job
+
+GOODPUT_BYTES = 16_000_000  # through one link; half of it is sent, too, to take the bucket's burst out
+
+
+def interface_bytes(counters: str = "/proc/self/net/dev") -> int | None:
+    """Bytes ever sent by this host's interfaces but the loopback, or None where the system does not say.
+
+    On a host of its own (a network namespace, a node) that is what crossed its links, headers in part included.
+    """
+    try:
+        lines = Path(counters).read_text().splitlines()[2:]
+    except OSError:
+        return None
+    fields = [line.replace(":", " ").split() for line in lines]
+    return sum(int(field[9]) for field in fields if field[0] != "lo")
+
+
+def inner_ranks(sizes: tuple[int, ...], level: int) -> int:
+    """Ranks of one part of a level: those that share the part's link."""
+    return math.prod(sizes[:level])
+
+
+def busiest_links(sent: list[list[int]], sizes: tuple[int, ...]) -> list[int]:
+    """Bytes out through the busiest link of each level; `sent[rank][level]`. Outer messages cross inner links, too.
+
+    >>> busiest_links([[1, 10], [1, 10], [1, 10], [1, 10]], (2, 2))
+    [11, 20]
+    """
+    busiest = []
+    for level in range(len(sizes)):
+        together = inner_ranks(sizes, level)
+        parts = [sent[start : start + together] for start in range(0, len(sent), together)]
+        busiest.append(max(sum(sum(rank[level:]) for rank in part) for part in parts))
+    return busiest
+
+
+def goodput(engine: Engine, job: Job, level: int) -> float:
+    """MEASURED bytes per second out of one part of this level, all parts at once, to all others evenly.
+
+    Two sizes are sent and the difference counts, so that neither a bucket's burst nor latency is in it. Median of
+    three. Collective.
+    """
+    group, sizes = engine.mesh.level_groups[level], engine.mesh.cluster.sizes
+    peers, together = sizes[level] - 1, inner_ranks(sizes, level)
+    seconds: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(3):
+        for halves in seconds:
+            numel = GOODPUT_BYTES * halves // 2 // (4 * peers * together)
+            splits = [0 if peer == group.rank() else numel for peer in range(sizes[level])]
+            send = torch.ones(sum(splits), device=engine.device)
+            dist.barrier(group=job.host_group)
+            began = time.perf_counter()
+            all_to_all(send, splits, splits, group)
+            if engine.device.type != "cpu":
+                torch.get_device_module(engine.device).synchronize()
+            seconds[halves].append(max(gather_json(time.perf_counter() - began, job.host_group)))
+    difference = statistics.median(seconds[2]) - statistics.median(seconds[1])
+    return GOODPUT_BYTES / 2 / max(difference, 1e-9)

@@ -1,0 +1,147 @@
+"""The methods that a bench compares, each on its own copy of the model: `step()` is one step of denoising."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cocodiff.bench.shapes import Shape, build_inputs
+from cocodiff.config import Config
+from cocodiff.engine import Engine
+from cocodiff.errors import ConfigError
+from cocodiff.exchange import Exchange
+from cocodiff.exchange.layout import Traffic
+from cocodiff.lanes import Lane, Ticket
+from cocodiff.launch.job import Job
+from cocodiff.wrap import attach
+
+DESCRIPTIONS = {
+    "single": "one rank, unwrapped diffusers",
+    "diffusers": "diffusers' own context parallelism (Ulysses)",
+    "ulysses": "ours: one flat exchange, sequential",
+    "exact": "ours: every exact mechanism",
+}
+
+
+class Method:
+    """One way to run the model.
+
+    Args:
+        step: one forward; the picture's tokens on every rank that has any.
+        engine: ours, where there is one: it counts bytes and keeps timelines.
+        everyone: false where rank 0 runs alone.
+        around: entered around a series of steps.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        step: Callable[[], Tensor],
+        engine: Engine | None = None,
+        everyone: bool = True,
+        around: Callable[[], Any] = contextlib.nullcontext,
+    ) -> None:
+        self.name, self.step, self.engine, self.everyone, self.around = name, step, engine, everyone, around
+
+
+def make_method(name: str, model: torch.nn.Module, shape: Shape, job: Job, cluster: str) -> Method:
+    """Collective. Raises where the method cannot run this shape on these ranks: its row says why."""
+    inputs = build_inputs(shape, job.device)
+    if name == "single":
+        alone = copy.deepcopy(model).to(job.device) if job.is_main else None
+        return Method(name, lambda: alone(**inputs).sample, everyone=False)  # type: ignore[misc]
+    if job.world_size == 1:
+        raise ConfigError("one rank has nothing to exchange: start the bench under a launcher, or with --ranks")
+    if name == "diffusers":
+        return _diffusers(model, shape, job, inputs)
+    configs = {
+        "ulysses": Config(exchange="flat", schedule="sequential", cluster=cluster),
+        "exact": Config(cluster=cluster),
+    }
+    if name not in configs:
+        raise ConfigError(f"--methods {name} is not one of {', '.join(DESCRIPTIONS)}.")
+    return _ours(name, configs[name], copy.deepcopy(model), job, inputs)
+
+
+def _ours(name: str, config: Config, model: Any, job: Job, inputs: dict[str, Tensor]) -> Method:
+    import diffusers
+
+    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    pipe = diffusers.FluxPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), transformer=model.to(job.device), **parts
+    )
+    attach(pipe, config, replace(job, shared=True))
+    door = pipe.cocodiff.door
+    return Method(name, lambda: pipe.transformer(**inputs).sample, door.engine, around=door.in_pipeline)
+
+
+def _diffusers(model: Any, shape: Shape, job: Job, inputs: dict[str, Tensor]) -> Method:
+    """As its documentation says, with what it needs besides: see the comments."""
+    from diffusers import ContextParallelConfig
+
+    if shape.heads % job.world_size or shape.text % job.world_size or shape.image % job.world_size:
+        raise ConfigError(
+            f"{shape.heads} heads, {shape.text} text and {shape.image} image tokens must all divide by "
+            f"{job.world_size} ranks for diffusers"
+        )
+    theirs = copy.deepcopy(model).to(job.device)
+    with _one_accelerator():
+        theirs.enable_parallelism(config=ContextParallelConfig(ulysses_degree=job.world_size))
+    # Its gather cannot take the output apart, hence return_dict=False.
+    return Method("diffusers", lambda: theirs(**inputs, return_dict=False)[0])
+
+
+@contextlib.contextmanager
+def _one_accelerator() -> Iterator[None]:
+    """It divides by the number of accelerators, of which a CPU has none."""
+    count = torch.accelerator.device_count
+    torch.accelerator.device_count = lambda: count() or 1
+    try:
+        yield
+    finally:
+        torch.accelerator.device_count = count
+
+
+class LocalExchange:
+    """In place of an exchange: the same sizes, packed, copied once on the same lane, and nothing sent."""
+
+    def __init__(self, exchange: Exchange, rank: int, lane: Lane) -> None:
+        self.name, self.order, self._rank, self._lane = f"local copy for {exchange.name}", exchange.order, rank, lane
+
+    def start(self, send: Tensor, traffic: Traffic, label: str) -> Ticket:
+        numel = sum(traffic.block(source, self._rank) for source in range(len(traffic.source)))
+        return self._lane.submit(lambda x: _stretched(x, numel), send, label)
+
+
+def _stretched(x: Tensor, numel: int) -> Tensor:
+    """A copy of a one-dimensional tensor, cut or repeated to `numel` elements."""
+    if numel <= x.numel():
+        return x[:numel].clone()
+    return torch.cat([x] * (numel // x.numel()) + [x[: numel % x.numel()]])
+
+
+def compute_method(model: Any, shape: Shape, job: Job, cluster: str) -> Method:
+    """What all ranks compute together when exchanges cost a copy: `ulysses` with nothing sent."""
+    config = Config(exchange="flat", schedule="sequential", cluster=cluster)
+    method = _ours("compute", config, copy.deepcopy(model), job, build_inputs(shape, job.device))
+    engine = method.engine
+    assert engine is not None
+    engine.flat = LocalExchange(engine.flat, engine.rank, engine.outer_lane)
+    engine.differs = lambda tensors: torch.tensor(False)  # type: ignore[method-assign]
+    engine.gather = lambda x, stream: torch.cat([x] * job.world_size, dim=1)  # type: ignore[method-assign]
+    return method
+
+
+def synchronize(job: Job) -> None:
+    """All ranks here, all work of their devices done."""
+    if job.device.type != "cpu":
+        torch.get_device_module(job.device).synchronize()
+    if job.host_group is not None:
+        dist.barrier(group=job.host_group)

@@ -1,0 +1,140 @@
+"""What a bench leaves behind: a table for people, JSON for programs, a plot."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cocodiff.errors import ConfigError
+
+
+def headline(result: Mapping[str, Any]) -> str:
+    """One line: what ran where."""
+    shape, cluster, where = result["shape"], result["cluster"], result["environment"]
+    parts = [
+        f"{shape['name']}: {shape['double']} double and {shape['single']} single blocks of width {shape['width']}, "
+        f"{shape['heads']} heads, {shape['text']} + {shape['image']} tokens, {shape['dtype']}"
+    ]
+    if cluster is not None:
+        rates = cluster["goodput_gbs"]
+        levels = [
+            f"{level['name']} x {level['size']}"
+            + (f" ({rates[level['name']] * 8e3:.0f} Mbit/s measured)" if rates else "")
+            for level in cluster["levels"]
+            if level["size"] > 1
+        ]
+        parts.append(", ".join(levels))
+    parts.append(f"{where['machine']}, {where['device']}, {where['backend']}, torch {where['versions']['torch']}")
+    return "; ".join(parts)
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The methods as a Markdown table; ratios are of medians within this run."""
+    methods = result["methods"]
+    base = methods.get("ulysses", {}).get("seconds_per_step", {}).get("median")
+    lines = [
+        "| method | seconds a step (least, most) | against ulysses | communication share | MB on the slowest link "
+        "(interface) | limit, ratio to it | differs from single by |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in methods.items():
+        if "error" in row:
+            lines.append(f"| {name} | does not run: {row['error']} | | | | | |")
+            continue
+        taken = row["seconds_per_step"]
+        cells = [
+            name,
+            f"{taken['median']:.3f} ({taken['min']:.3f}, {taken['max']:.3f})",
+            "" if base is None else f"{base / taken['median']:.2f}x",
+            _or_blank(row["communication_share"], lambda share: f"{share:.0%}"),
+            _bytes(row),
+            _or_blank(row["limit_seconds"], lambda limit: f"{limit:.3f} s, {row['ratio_to_limit']:.2f}"),
+            _or_blank(row["relative_error"], lambda error: f"{error:.0e}"),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _or_blank(value: Any, words: Any) -> str:
+    return "" if value is None else words(value)
+
+
+def _bytes(row: Mapping[str, Any]) -> str:
+    counted, crossed = row["counted_bytes"], row["interface_bytes"]
+    shown = [_or_blank(counted, lambda n: f"{n / 1e6:.2f}"), _or_blank(crossed, lambda n: f"({n / 1e6:.2f})")]
+    return " ".join(part for part in shown if part)
+
+
+def as_json(result: Mapping[str, Any]) -> str:
+    return json.dumps(result, indent=2) + "\n"
+
+
+def check_folder(folder: Path | None) -> None:
+    """ConfigError before anything runs where results could not be written after it."""
+    if folder is not None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--save {folder}: {error.strerror}.") from None
+        if not os.access(folder, os.W_OK):
+            raise ConfigError(f"--save {folder}: this folder is not writable.")
+
+
+def write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror or error}).") from None
+
+
+def save(result: Mapping[str, Any], folder: Path, command: str) -> list[Path]:
+    """JSON, Markdown and PNG, named by date and shape."""
+    today = datetime.date.today().isoformat()
+    ranks = result["environment"]["ranks"]
+    stem = f"{today}-{result['shape']['name']}-{ranks}-ranks"
+    number, base = 1, stem
+    while (folder / f"{base}.json").exists():
+        number, base = number + 1, f"{stem}-{number + 1}"
+    paths = [folder / f"{base}.{ending}" for ending in ("json", "md", "png")]
+    write(paths[0], as_json(result))
+    write(paths[1], f"# {headline(result)}\n\n    {command}\n\n{table(result)}\n\n![the same]({paths[2].name})\n")
+    plot(result, paths[2])
+    return paths
+
+
+def plot(result: Mapping[str, Any], path: Path) -> None:
+    """Bars of seconds a step with their spread, compute within them, and the limit as a mark."""
+    try:
+        from matplotlib.figure import Figure
+    except Exception:
+        raise ConfigError("plots need matplotlib: pip install 'cocodiff[plot]'") from None
+    rows = {name: row for name, row in result["methods"].items() if "error" not in row and name != "single"}
+    rows = rows or {name: row for name, row in result["methods"].items() if "error" not in row}
+    figure = Figure(figsize=(7, 0.8 + 0.7 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for place, (name, row) in enumerate(rows.items()):
+        taken = row["seconds_per_step"]
+        spread = [[taken["median"] - taken["min"]], [taken["max"] - taken["median"]]]
+        axes.barh(place, taken["median"], xerr=spread, color="#8aa9c4", height=0.6, ecolor="#444444", capsize=3)
+        if row["limit_seconds"] is not None:
+            axes.plot([row["limit_seconds"]] * 2, [place - 0.38, place + 0.38], color="#b03030", linewidth=2)
+    if result["compute_seconds"] is not None:
+        axes.axvline(result["compute_seconds"], color="#444444", linestyle=":", linewidth=1)
+        axes.annotate(
+            "compute alone", (result["compute_seconds"], -0.55), fontsize=8, ha="right", va="bottom", rotation=90,
+            xytext=(-2, 0), textcoords="offset points",
+        )  # fmt: skip
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds a step: median, least and most; red: the limit of compute and bytes")
+    axes.set_title(result["shape"]["name"], fontsize=10)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    try:
+        figure.savefig(path, dpi=130)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror or error}).") from None

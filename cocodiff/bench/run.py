@@ -1,0 +1,198 @@
+"""One bench: several methods in turn on one shape, what they took, what they sent, and how near the limit that is."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cocodiff.bench.links import busiest_links, goodput, inner_ranks, interface_bytes
+from cocodiff.bench.methods import DESCRIPTIONS, Method, compute_method, make_method, synchronize
+from cocodiff.bench.shapes import Shape, build_transformer
+from cocodiff.launch.agree import gather_json
+from cocodiff.launch.job import Job
+
+SCHEMA = "cocodiff-bench/1"
+COMPUTE = "compute"
+
+
+@dataclass
+class Record:
+    """What one method showed on this rank."""
+
+    method: Method | None = None
+    error: str | None = None
+    seconds: list[float] = field(default_factory=list)
+    sent: list[int] | None = None  # by level, in one step, on this rank
+    crossed: int | None = None  # by this host's interfaces, in one step
+    output: Tensor | None = None
+
+
+def run_bench(
+    shape: Shape, names: Sequence[str], job: Job, cluster: str, steps: int, repeat: int, say: Callable[[str], None]
+) -> tuple[dict[str, Any], dict[str, Record]]:
+    """Every method once to warm up, then `repeat` rounds of all in turn, `steps` steps each. Collective.
+
+    Returns:
+        the result as JSON values (docs/bench.md has the schema; rank 0's counts most), and this rank's records.
+    """
+    model = build_transformer(shape)
+    makers = {name: lambda name=name: make_method(name, model, shape, job, cluster) for name in names}
+    if job.world_size > 1:
+        makers[COMPUTE] = lambda: compute_method(model, shape, job, cluster)
+    records = {name: _warmed_up(maker, job) for name, maker in makers.items()}
+    running = {name: record for name, record in records.items() if record.error is None}
+    say(f"warmed up: {', '.join(running)}")
+    for round_index in range(repeat):
+        order = list(running)
+        for name in order[round_index % len(order) :] + order[: round_index % len(order)]:
+            record = running[name]
+            assert record.method is not None
+            record.seconds.append(_time(record.method, steps, job)[0])
+        say(f"round {round_index + 1} of {repeat}")
+    engines = [record.method.engine for record in running.values() if record.method and record.method.engine]
+    rates = {level: goodput(engines[0], job, level) for level in engines[0].mesh.level_groups} if engines else {}
+    return _result(shape, records, job, engines, rates, steps), records
+
+
+def _warmed_up(make: Callable[[], Method], job: Job) -> Record:
+    """Make the method and run it twice: once to warm up, once to count. An error on any rank is every rank's."""
+    record = Record()
+    try:
+        record.method = make()
+        with torch.no_grad():
+            _time(record.method, 1, job)
+            before, tally = interface_bytes(), record.method.engine and record.method.engine.tally
+            if tally:
+                tally.sent.clear()
+            synchronize(job)
+            before = interface_bytes()
+            _, record.output = _time(record.method, 1, job)
+            after = interface_bytes()
+            record.crossed = None if before is None or after is None else after - before
+            if tally and record.method.engine:
+                record.sent = tally.by_level(len(record.method.engine.mesh.cluster.levels))
+    except Exception as error:
+        record.error = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    errors = _everyone(record.error, job)
+    record.error = next((error for error in errors if error is not None), None)
+    return record
+
+
+def _time(method: Method, steps: int, job: Job) -> tuple[float, Tensor | None]:
+    """Seconds a step of the slowest rank, and the last output of this one."""
+    output = None
+    synchronize(job)
+    began = time.perf_counter()
+    if method.everyone or job.is_main:
+        with torch.no_grad(), method.around():
+            for _ in range(steps):
+                output = method.step()
+            if job.device.type != "cpu":
+                torch.get_device_module(job.device).synchronize()
+    taken = time.perf_counter() - began
+    return max(_everyone(taken, job)) / steps, output
+
+
+def _everyone(value: Any, job: Job) -> list[Any]:
+    return [value] if job.host_group is None else gather_json(value, job.host_group)
+
+
+def _result(
+    shape: Shape, records: dict[str, Record], job: Job, engines: list, rates: dict[int, float], steps: int
+) -> dict[str, Any]:
+    compute = statistics.median(records[COMPUTE].seconds) if COMPUTE in records and not records[COMPUTE].error else None
+    cluster = engines[0].mesh.cluster if engines else None
+    reference = next((record.output for record in records.values() if record.output is not None), None)
+    methods = {}
+    for name, record in records.items():
+        sent, crossed, hosts = (_everyone(x, job) for x in (record.sent, record.crossed, job.hosts[job.rank]))
+        if name == COMPUTE:
+            continue
+        if record.error is not None:
+            methods[name] = {"description": DESCRIPTIONS[name], "error": record.error}
+            continue
+        median = statistics.median(record.seconds)
+        links = None if cluster is None or None in sent else busiest_links(sent, cluster.sizes)
+        limit = _limit(compute, links, rates)
+        methods[name] = {
+            "description": DESCRIPTIONS[name],
+            "seconds_per_step": {
+                "median": median,
+                "min": min(record.seconds),
+                "max": max(record.seconds),
+                "all": record.seconds,
+            },
+            "communication_share": None if compute is None or name == "single" else 1 - compute / median,
+            "bytes": None if links is None else {level.name: links[i] for i, level in enumerate(cluster.levels)},
+            "counted_bytes": None if links is None else _host_bytes(sent, hosts, cluster.sizes),
+            "interface_bytes": None if None in crossed else max(dict(zip(hosts, crossed, strict=True)).values()),
+            "limit_seconds": limit,
+            "ratio_to_limit": None if limit is None else median / limit,
+            "relative_error": _relative_error(record.output, reference),
+        }
+    return {
+        "schema": SCHEMA,
+        "environment": environment(job),
+        "cluster": None if cluster is None else asdict(cluster) | {"goodput_gbs": _named(rates, cluster)},
+        "shape": shape.as_json(),
+        "steps": steps,
+        "compute_seconds": compute,
+        "methods": methods,
+    }
+
+
+def _limit(compute: float | None, links: list[int] | None, rates: dict[int, float]) -> float | None:
+    """The larger of the compute time and of what the busiest links need for their bytes."""
+    if compute is None or links is None:
+        return None
+    return max(compute, *(links[level] / rate for level, rate in rates.items()))
+
+
+def _host_bytes(sent: list, hosts: list[str], sizes: tuple[int, ...]) -> int | None:
+    """Our own count of what the busiest host sent to others, for comparison with its interfaces."""
+    together = hosts.count(hosts[0])
+    level = next((level for level in range(len(sizes)) if inner_ranks(sizes, level) == together), None)
+    return None if level is None else busiest_links(sent, sizes)[level]
+
+
+def _relative_error(output: Tensor | None, reference: Tensor | None) -> float | None:
+    if output is None or reference is None:
+        return None
+    return ((output - reference).float().norm() / reference.float().norm()).item()
+
+
+def _named(rates: dict[int, float], cluster: Any) -> dict[str, float]:
+    return {cluster.levels[level].name: rate / 1e9 for level, rate in rates.items()}
+
+
+def environment(job: Job) -> dict[str, Any]:
+    """The machine and the versions, for a reader of the result."""
+    names = ("cocodiff", "torch", "diffusers")
+    return {
+        "device": job.device.type,
+        "machine": _processor(),
+        "ranks": job.world_size,
+        "hosts": len(set(job.hosts)),
+        "backend": job.backend,
+        "threads_per_rank": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in names},
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{len(models)} x {models[0]}" if models else platform.machine()

@@ -1,0 +1,3 @@
+from cocodiff.cli import main
+
+main()

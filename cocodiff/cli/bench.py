@@ -1,0 +1,94 @@
+"""`cocodiff bench`: methods in turn on one shape."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cocodiff.cli.start import start_ranks
+from cocodiff.errors import ConfigError
+
+bench_app = typer.Typer(help="Seconds, bytes and limits of several methods, in turn within one run.")
+
+
+@bench_app.callback(invoke_without_command=True)
+def bench(
+    context: typer.Context,
+    shape: Annotated[str, typer.Option(help="flux-dev or flux2-dev: proportions of a released model.")] = "flux-dev",
+    scale: Annotated[str, typer.Option(help="Of tokens x width, and of the number of blocks.")] = "1/16",
+    methods: Annotated[str, typer.Option(help="With commas.")] = "single,diffusers,ulysses,exact",
+    steps: Annotated[int, typer.Option(min=1, help="Forwards in each timing.")] = 1,
+    repeat: Annotated[int, typer.Option(min=1, help="Timings of each method.")] = 5,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Image tokens, instead of the shape's.")] = None,
+    text: Annotated[int | None, typer.Option(min=1, help="Text tokens.")] = None,
+    width: Annotated[int | None, typer.Option(min=8, help="Of the model: heads x head_dim.")] = None,
+    heads: Annotated[int | None, typer.Option(min=1)] = None,
+    layers: Annotated[str | None, typer.Option(help="Double and single blocks: 2,4")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 (default), bfloat16 or float16.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, xpu; the local accelerator if left out.")] = None,
+    cluster: Annotated[
+        str, typer.Option(envvar="EMULATED_CLUSTER", help="auto, a preset's name or a JSON file.")
+    ] = "auto",
+    ranks: Annotated[int | None, typer.Option(min=1, help="Start so many local ranks.")] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Write the result there; - prints it.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the result there.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Write JSON, Markdown and PNG into this folder.")] = None,
+) -> None:
+    """Run methods in turn on one model shape and say what they took and sent."""
+    if context.invoked_subcommand is not None:
+        return
+    if ranks is not None:
+        raise SystemExit(start_ranks(ranks))
+    from cocodiff.bench import results
+    from cocodiff.bench.run import run_bench
+    from cocodiff.bench.shapes import named_shape
+    from cocodiff.launch.job import start_job
+
+    chosen = named_shape(shape).scaled(_fraction(scale))
+    changes: dict[str, Any] = {"image": tokens, "text": text, "heads": heads, "dtype": dtype}
+    if layers is not None:
+        changes["double"], changes["single"] = _layers(layers)
+    chosen = replace(chosen, **{name: value for name, value in changes.items() if value is not None})
+    if width is not None or heads is not None:
+        wanted = width or named_shape(shape).scaled(_fraction(scale)).width
+        if wanted % (8 * chosen.heads):
+            raise ConfigError(f"width {wanted} does not make {chosen.heads} heads of a multiple of 8 channels.")
+        chosen = replace(chosen, head_dim=wanted // chosen.heads)
+    results.check_folder(save)
+    job = start_job(device)
+    say = (lambda text: print(text, file=sys.stderr)) if job.is_main else (lambda text: None)
+    with job.watched("cocodiff bench"):
+        result, _ = run_bench(chosen, methods.split(","), job, cluster, steps, repeat, say)
+    if not job.is_main:
+        return
+    command = shlex.join(["cocodiff", *sys.argv[1:]])
+    if str(json) == "-":
+        print(results.as_json(result))
+        return
+    print(results.headline(result), results.table(result), sep="\n\n")
+    if json is not None:
+        results.write(json, results.as_json(result))
+    if plot is not None:
+        results.plot(result, plot)
+    if save is not None:
+        print("saved", *results.save(result, save, command))
+
+
+def _fraction(text: str) -> Fraction:
+    try:
+        return Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        raise ConfigError(f"--scale {text} is no number: write 1/16 or 0.0625.") from None
+
+
+def _layers(text: str) -> tuple[int, int]:
+    parts = text.split(",")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts) or text == "0,0":
+        raise ConfigError(f"--layers {text}: write the numbers of double and single blocks: 2,4.")
+    return int(parts[0]), int(parts[1])
