@@ -1,16 +1,16 @@
 """The heart: one attention layer over sequence shards, V first. A new reader starts here.
 
 Ulysses (arXiv 2309.14509) computes attention over all tokens for a few heads on each rank: V, K and Q are exchanged
-from "my tokens, all heads" to "all tokens, my heads", and the output back. Exact; the art is in *when*:
+from "my tokens, all heads" to "all tokens, my heads", and the output back. Exact; the art is in *when*. All work but
+attention itself goes by rows, so this rank's rows are cut into pieces, and a piece goes on as soon as it can:
 
-    compute:  V | K    | Q        | beside (first half) | attend 0 | attend 1 | beside | finish 0 | finish 1
-    lanes:        v ───── k ───── q0 ── q1                          o0 ──────── o1
+    compute:  V K 0 | V K 1 | Q 0 | Q 1 | beside | attend 0 | attend 1 | beside | finish 0, V K 0 of the next layer |
+    link:       v ── k ── v ── k ── q 0 ── q 1 ────────────── o 0 ───────── o 1 ────────── v ── k of the next layer
 
-- V needs neither norm nor rotation, so it is projected first and travels while K and Q are made (CoCoDiff, arXiv
-  2604.14561). K goes next and Q last, in pieces of query rows: attention needs all of K and V, but only the rows of Q
-  that it works on. So what may still be in flight when attention starts is as little as possible.
-- The output returns piece by piece, too, and whatever follows attention row by row (output projection, gates, feed-
-  forward) runs on the rows that have arrived.
+- V needs neither norm nor rotation, so it is projected first and travels while K is made (CoCoDiff, arXiv 2604.14561).
+  Attention needs all rows of K and V but only those rows of Q that it works on: so Q is made and travels last.
+- The output returns piece by piece. Whatever follows row by row (output projection, gates, feed-forward) runs on the
+  rows that have arrived, and on to V and K of the *next* layer: between two layers the link never falls silent.
 - `beside` is work that attention does not need (FLUX's single blocks have a parallel MLP): half of it runs under the
   exchanges towards attention, half under those back.
 
@@ -21,100 +21,142 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from cocodiff.engine import Engine
-from cocodiff.exchange import to_heads, to_sequence
+from cocodiff.exchange import Pending, to_heads, to_sequence
 
 
 class Layer(Protocol):
-    """One self-attention of a model family, cut where exchanges begin and end. Rows are local tokens.
+    """One self-attention of a model family with the rows' work around it, cut where exchanges begin and end.
 
-    `value`, `key` and `query` give `(B, S_local, H, D)`, normed and rotated. Everything else works on rows alone.
+    Rows are this rank's, in numbered pieces. `value`, `key` and `query` give `(B, rows, H, D)`, normed and rotated.
     """
 
     num_heads: int
+    bytes_per_token: int  # of V, all heads
 
-    def value(self) -> Tensor: ...
+    def enter(self, piece: int, rows: slice, inputs: Any) -> None:
+        """Take the block's input for a piece; the other methods may now be called for it."""
 
-    def key(self) -> Tensor: ...
+    def value(self, piece: int) -> Tensor: ...
 
-    def query(self) -> Tensor: ...
+    def key(self, piece: int) -> Tensor: ...
+
+    def query(self, piece: int) -> Tensor: ...
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Softmax attention, `(B, S_query, H_local, D)`, on the device's own kernel."""
 
-    def beside(self, rows: slice) -> Tensor | None:
-        """Work on these rows that attention does not need, `(B, rows, C)`; None where there is none."""
+    def beside(self, piece: int) -> Tensor | None:
+        """Work on a piece that attention does not need, `(B, rows, C)`; None where there is none."""
 
-    def finish(self, rows: slice, attended: Tensor, beside: Tensor | None) -> Any:
-        """The rest of the block for these rows; `attended` is `(B, rows, H * D)` before the output projection."""
-
-
-def attention(engine: Engine, layer: Layer) -> list[Any]:
-    """Run one layer by the configured schedule; what `layer.finish` gave, piece by piece in the order of rows."""
-    return _sequential(engine, layer) if engine.config.schedule == "sequential" else _v_first(engine, layer)
+    def finish(self, piece: int, attended: Tensor, beside: Tensor | None) -> Any:
+        """The rest of the block: the next block's input for this piece. `attended` is `(B, rows, H * D)`."""
 
 
-def _v_first(engine: Engine, layer: Layer) -> list[Any]:
-    rank, layout, span = engine.rank, engine.layout(layer.num_heads), engine.span
+class Flight:
+    """One layer under way: V and K of the pieces that have entered are being exchanged."""
 
-    with span("v"):
-        value = layer.value()
-    exchange, num_pieces = engine.plan(layout, value.shape[-2] * value.shape[-1] * value.itemsize)
-    pieces = layout.pieces(rank, num_pieces)
-    value_pending = to_heads(exchange, value, layout, rank, "v")
-    with span("k"):
-        key = layer.key()
-    key_pending = to_heads(exchange, key, layout, rank, "k")
-    with span("q"):
-        query = layer.query()
-    query_pending = [to_heads(exchange, query[:, rows], part, rank, "q") for rows, part in pieces]
-    del value, key, query  # the lanes keep what they still send
+    def __init__(self, engine: Engine, layer: Layer) -> None:
+        self.engine, self.layer, self.layout = engine, layer, engine.layout(layer.num_heads)
+        self.exchange, count = engine.plan(self.layout, layer.bytes_per_token)
+        self.pieces = self.layout.pieces(engine.rank, count)
+        self.pending: dict[str, list[Pending]] = {"v": [], "k": []}
+        self._joined: dict[str, Tensor] = {}
 
-    chunks = [rows for rows, _ in (pieces if num_pieces > 1 else layout.pieces(rank, 2))]
-    before, after = chunks[: len(chunks) // 2], chunks[len(chunks) // 2 :]
+    def enter(self, piece: int, inputs: Any) -> None:
+        """Start what attention needs all rows of. Collective: all ranks enter the same pieces in the same order."""
+        self.layer.enter(piece, self.pieces[piece][0], inputs)
+        with self.engine.span("v"):
+            value = self.layer.value(piece)
+        self._send("v", piece, value)
+        with self.engine.span("k"):
+            key = self.layer.key(piece)
+        self._send("k", piece, key)
+
+    def joined(self, label: str) -> Tensor:
+        """V or K of all tokens, `(B, S, H_local, D)`: piece by piece, and within a piece rank by rank."""
+        with self.engine.span(f"wait {label}"):
+            arrived = [pending.wait() for pending in self.pending.pop(label)]
+        return arrived[0] if len(arrived) == 1 else self._joined.pop(label).transpose(0, 1)
+
+    def drop(self) -> None:
+        """Give up what is under way. It arrives all the same: what the lanes use must not be freed before."""
+        for pending in [one for several in self.pending.values() for one in several]:
+            pending.wait()
+
+    def _send(self, label: str, piece: int, x: Tensor) -> None:
+        rank, layout = self.engine.rank, self.pieces[piece][1]
+        place = None
+        if len(self.pieces) > 1:  # pieces arrive where attention reads them
+            if piece == 0:
+                batch, heads, head_dim = x.shape[0], self.layout.num_heads[rank], x.shape[-1]
+                self._joined[label] = x.new_empty(sum(self.layout.seq_lens), batch, heads, head_dim)
+            start = sum(sum(before.seq_lens) for _, before in self.pieces[:piece])
+            place = self._joined[label][start : start + sum(layout.seq_lens)].flatten()
+        self.pending[label].append(to_heads(self.exchange, x, layout, rank, label, place))
+
+
+def attention(flight: Flight, ahead: Flight | None) -> list[Any]:
+    """The rest of a layer whose pieces have entered, V first: what `layer.finish` gave, in the order of rows.
+
+    Each finished piece enters `ahead`, the next layer, if there is one and it is cut like this one.
+    """
+    engine, layer, exchange, pieces = flight.engine, flight.layer, flight.exchange, flight.pieces
+    rank, span = engine.rank, engine.span
+
+    query_pending = []
+    for piece, (_, layout) in enumerate(pieces):
+        with span("q"):
+            query = layer.query(piece)
+        query_pending.append(to_heads(exchange, query, layout, rank, "q"))
+    del query  # the lanes keep what they still send
+
+    before = (len(pieces) + 1) // 2
     with span("beside"):
-        beside = [layer.beside(rows) for rows in before]
+        beside = [layer.beside(piece) for piece in range(before)]
 
-    key, value = key_pending.wait(), value_pending.wait()
+    value, key = flight.joined("v"), flight.joined("k")
     output_pending = []
-    for pending, (_, part) in zip(query_pending, pieces, strict=True):
-        query = pending.wait()
+    for pending, (_, layout) in zip(query_pending, pieces, strict=True):
+        with span("wait q"):
+            query = pending.wait()
         with span("attend"):
             output = layer.attend(query, key, value).to(query.dtype)
-        output_pending.append(to_sequence(exchange, output, part, rank, "o"))
+        output_pending.append(to_sequence(exchange, output, layout, rank, "o"))
     with span("beside"):
-        beside += [layer.beside(rows) for rows in after]
-    if num_pieces == 1:
-        beside = [None if beside[0] is None else torch.cat([part for part in beside if part is not None], dim=1)]
+        beside += [layer.beside(piece) for piece in range(before, len(pieces))]
 
     finished = []
-    for pending, (rows, _), done_beside in zip(output_pending, pieces, beside, strict=True):
-        attended = pending.wait()
+    for piece, pending in enumerate(output_pending):
+        with span("wait o"):
+            attended = pending.wait()
         with span("finish"):
-            finished.append(layer.finish(rows, attended, done_beside))
+            finished.append(layer.finish(piece, attended, beside[piece]))
+        if ahead is not None:
+            ahead.enter(piece, finished[piece])
     return finished
 
 
-def _sequential(engine: Engine, layer: Layer) -> list[Any]:
+def sequential(engine: Engine, layer: Layer, inputs: Any) -> list[Any]:
     """The textbook order: nothing overlaps, the same elements."""
     rank, layout, span = engine.rank, engine.layout(layer.num_heads), engine.span
-    rows = slice(0, layout.seq_lens[rank])
-
+    exchange, _ = engine.plan(layout, layer.bytes_per_token)
+    layer.enter(0, slice(0, layout.seq_lens[rank]), inputs)
     with span("beside"):
-        beside = layer.beside(rows)
+        beside = layer.beside(0)
     shards = []
     for label, project in (("q", layer.query), ("k", layer.key), ("v", layer.value)):
         with span(label):
-            shards.append(project())
-    exchange, _ = engine.plan(layout, shards[0].shape[-2] * shards[0].shape[-1] * shards[0].itemsize)
-    query, key, value = (
-        to_heads(exchange, shard, layout, rank, label).wait() for label, shard in zip("qkv", shards, strict=True)
-    )
+            shards.append(project(0))
+    arrived = []
+    for label, shard in zip("qkv", shards, strict=True):
+        with span(f"wait {label}"):
+            arrived.append(to_heads(exchange, shard, layout, rank, label).wait())
     with span("attend"):
-        output = layer.attend(query, key, value).to(query.dtype)
-    attended = to_sequence(exchange, output, layout, rank, "o").wait()
+        output = layer.attend(*arrived).to(arrived[0].dtype)
+    with span("wait o"):
+        attended = to_sequence(exchange, output, layout, rank, "o").wait()
     with span("finish"):
-        return [layer.finish(rows, attended, beside)]
+        return [layer.finish(0, attended, beside)]

@@ -19,7 +19,8 @@ from cocodiff.timeline import Timeline
 from cocodiff.tokens import Tokens
 
 MAX_PIECES = 4
-LATENCIES_PER_PIECE = 20  # a piece of the output's exchange takes at least this many times its latency
+ROWS_PER_PIECE = 128  # fewer and matrix products lose more than overlap wins; two pieces are always worth it
+LATENCIES_PER_PIECE = 20  # the exchange of a piece takes at least this many times its latency
 
 
 class Engine:
@@ -89,7 +90,7 @@ class Engine:
             )
 
     def plan(self, layout: Layout, bytes_per_token: int) -> tuple[Exchange, int]:
-        """The exchange for messages of this layer, and into how many pieces of rows its output is cut.
+        """The exchange for messages of this layer, and into how many pieces its rows are cut.
 
         Decided from the layout and the cluster alone, so identically on all ranks. `bytes_per_token` counts all heads.
         """
@@ -102,7 +103,8 @@ class Engine:
         exchange, seconds = (self.staged, staged) if choice == "staged" else (self.flat, flat)
         latency = cluster.staged_seconds(0) if choice == "staged" else cluster.flat_seconds(0)
         pieces = MAX_PIECES if latency == 0 else int(seconds / (LATENCIES_PER_PIECE * latency))
-        return exchange, max(1, min(pieces, MAX_PIECES, *layout.seq_lens))
+        fewest = min(layout.seq_lens)
+        return exchange, max(1, min(pieces, MAX_PIECES, max(2, fewest // ROWS_PER_PIECE), fewest))
 
     def gather(self, x: Tensor, stream: str) -> Tensor:
         """`(B, S_local, C)` shards of a stream -> the whole `(B, S, C)` on every rank."""

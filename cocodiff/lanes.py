@@ -29,6 +29,9 @@ class Ticket(Protocol):
         """The result, safe to use by the caller from here on. Errors of the lane's work are raised here."""
 
 
+Work = Callable[[Tensor], Tensor]  # may have `begin(source)`, which starts it and does not block
+
+
 class Lane(Protocol):
     """An ordered queue of work beside the compute.
 
@@ -38,11 +41,12 @@ class Lane(Protocol):
     name: str
     submitted: int
 
-    def submit(self, work: Callable[[Tensor], Tensor], source: Tensor | Ticket, label: str) -> Ticket:
+    def submit(self, work: Work, source: Tensor | Ticket, label: str) -> Ticket:
         """Run `work(source)` after all that was submitted here before, and after `source` has been produced.
 
         `source` is a tensor of the caller's own, or the ticket of another lane: that is how the stages of a staged
-        exchange follow each other without the caller's help. `label` names the work in a timeline.
+        exchange follow each other without the caller's help. `label` names the work in a timeline. Where the lane is a
+        thread and the work has a `begin`, that is called as soon as there is a source, ahead of what is still running.
         """
 
     def close(self) -> None:
@@ -64,9 +68,21 @@ class ThreadLane:
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         threading.Thread(target=self._run, name=f"cocodiff lane {name}", daemon=True).start()
 
-    def submit(self, work: Callable[[Tensor], Tensor], source: Tensor | Ticket, label: str) -> ThreadTicket:
+    def submit(self, work: Work, source: Tensor | Ticket, label: str) -> ThreadTicket:
         promise: Future[Tensor] = Future()
         inference = torch.is_inference_mode_enabled()  # modes are per thread: ours must match the caller's
+        begin: Callable[[Tensor], None] | None = getattr(work, "begin", None)
+
+        def early(tensor: Tensor) -> None:
+            assert begin is not None
+            with torch.inference_mode(inference), torch.set_grad_enabled(False):
+                begin(tensor)
+
+        if begin is not None and isinstance(source, Tensor):
+            early(source)
+        elif begin is not None:
+            assert isinstance(source, ThreadTicket)
+            source = source.then(early)
 
         def task() -> None:
             try:
@@ -101,6 +117,20 @@ class ThreadTicket:
     def wait(self) -> Tensor:
         return self._promise.result()
 
+    def then(self, what: Callable[[Tensor], None]) -> ThreadTicket:
+        """Call with the result as soon as it is there, in the lane's thread. The ticket is of the result after that."""
+        after: Future[Tensor] = Future()
+
+        def call(promise: Future[Tensor]) -> None:
+            try:
+                what(promise.result())
+                after.set_result(promise.result())
+            except BaseException as error:
+                after.set_exception(error)
+
+        self._promise.add_done_callback(call)
+        return ThreadTicket(after)
+
 
 class StreamLane:
     """A lane of accelerator tensors: one side stream, ordered by events; the host never blocks.
@@ -118,7 +148,7 @@ class StreamLane:
         self._device = device
         self._stream = self._api.Stream(device=device)
 
-    def submit(self, work: Callable[[Tensor], Tensor], source: Tensor | Ticket, label: str) -> StreamTicket:
+    def submit(self, work: Work, source: Tensor | Ticket, label: str) -> StreamTicket:
         self.submitted += 1
         self._stream.wait_stream(self._api.current_stream(self._device))
         with self._api.stream(self._stream):

@@ -28,6 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cocodiff.exchange",),
     ("cocodiff.engine",),
     ("cocodiff.attention",),
+    ("cocodiff.blocks",),
     ("cocodiff.models",),
     ("cocodiff.door",),
     ("cocodiff.wrap",),

@@ -11,9 +11,8 @@ import torch
 import torch.distributed as dist
 
 from cocodiff.engine import Engine
-from cocodiff.exchange.flat import all_to_all
+from cocodiff.exchange.flat import AllToAll
 from cocodiff.launch.agree import gather_json
-from cocodiff.launch.job import Job
 
 GOODPUT_BYTES = 16_000_000  # through one link; half of it is sent, too, to take the bucket's burst out
 
@@ -50,13 +49,13 @@ def busiest_links(sent: list[list[int]], sizes: tuple[int, ...]) -> list[int]:
     return busiest
 
 
-def goodput(engine: Engine, job: Job, level: int) -> float:
+def goodput(engine: Engine, level: int) -> float:
     """MEASURED bytes per second out of one part of this level, all parts at once, to all others evenly.
 
     Two sizes are sent and the difference counts, so that neither a bucket's burst nor latency is in it. Median of
     three. Collective.
     """
-    group, sizes = engine.mesh.level_groups[level], engine.mesh.cluster.sizes
+    group, sizes, host_group = engine.mesh.level_groups[level], engine.mesh.cluster.sizes, engine.mesh.host_group
     peers, together = sizes[level] - 1, inner_ranks(sizes, level)
     seconds: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(3):
@@ -64,11 +63,11 @@ def goodput(engine: Engine, job: Job, level: int) -> float:
             numel = GOODPUT_BYTES * halves // 2 // (4 * peers * together)
             splits = [0 if peer == group.rank() else numel for peer in range(sizes[level])]
             send = torch.ones(sum(splits), device=engine.device)
-            dist.barrier(group=job.host_group)
+            dist.barrier(group=host_group)
             began = time.perf_counter()
-            all_to_all(send, splits, splits, group)
+            AllToAll(splits, splits, group, tag=0)(send)
             if engine.device.type != "cpu":
                 torch.get_device_module(engine.device).synchronize()
-            seconds[halves].append(max(gather_json(time.perf_counter() - began, job.host_group)))
+            seconds[halves].append(max(gather_json(time.perf_counter() - began, host_group)))
     difference = statistics.median(seconds[2]) - statistics.median(seconds[1])
     return GOODPUT_BYTES / 2 / max(difference, 1e-9)

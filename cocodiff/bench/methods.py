@@ -115,7 +115,7 @@ class LocalExchange:
     def __init__(self, exchange: Exchange, rank: int, lane: Lane) -> None:
         self.name, self.order, self._rank, self._lane = f"local copy for {exchange.name}", exchange.order, rank, lane
 
-    def start(self, send: Tensor, traffic: Traffic, label: str) -> Ticket:
+    def start(self, send: Tensor, traffic: Traffic, label: str, out: Tensor | None = None) -> Ticket:
         numel = sum(traffic.block(source, self._rank) for source in range(len(traffic.source)))
         return self._lane.submit(lambda x: _stretched(x, numel), send, label)
 

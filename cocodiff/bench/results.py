@@ -52,7 +52,7 @@ def table(result: Mapping[str, Any]) -> str:
             "" if base is None else f"{base / taken['median']:.2f}x",
             _or_blank(row["communication_share"], lambda share: f"{share:.0%}"),
             _bytes(row),
-            _or_blank(row["limit_seconds"], lambda limit: f"{limit:.3f} s, {row['ratio_to_limit']:.2f}"),
+            "" if row["limit_seconds"] is None else f"{row['limit_seconds']:.3f} s, {row['ratio_to_limit']:.2f}",
             _or_blank(row["relative_error"], lambda error: f"{error:.0e}"),
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -116,7 +116,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     rows = rows or {name: row for name, row in result["methods"].items() if "error" not in row}
     figure = Figure(figsize=(7, 0.8 + 0.7 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    for place, (name, row) in enumerate(rows.items()):
+    for place, row in enumerate(rows.values()):
         taken = row["seconds_per_step"]
         spread = [[taken["median"] - taken["min"]], [taken["max"] - taken["median"]]]
         axes.barh(place, taken["median"], xerr=spread, color="#8aa9c4", height=0.6, ecolor="#444444", capsize=3)

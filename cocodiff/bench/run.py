@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,11 @@ def run_bench(
         the result as JSON values (docs/bench.md has the schema; rank 0's counts most), and this rank's records.
     """
     model = build_transformer(shape)
-    makers = {name: lambda name=name: make_method(name, model, shape, job, cluster) for name in names}
+    makers: dict[str, Callable[[], Method]] = {
+        name: partial(make_method, name, model, shape, job, cluster) for name in names
+    }
     if job.world_size > 1:
-        makers[COMPUTE] = lambda: compute_method(model, shape, job, cluster)
+        makers[COMPUTE] = partial(compute_method, model, shape, job, cluster)
     records = {name: _warmed_up(maker, job) for name, maker in makers.items()}
     running = {name: record for name, record in records.items() if record.error is None}
     say(f"warmed up: {', '.join(running)}")
@@ -59,7 +62,7 @@ def run_bench(
             record.seconds.append(_time(record.method, steps, job)[0])
         say(f"round {round_index + 1} of {repeat}")
     engines = [record.method.engine for record in running.values() if record.method and record.method.engine]
-    rates = {level: goodput(engines[0], job, level) for level in engines[0].mesh.level_groups} if engines else {}
+    rates = {level: goodput(engines[0], level) for level in engines[0].mesh.level_groups} if engines else {}
     return _result(shape, records, job, engines, rates, steps), records
 
 
@@ -112,7 +115,8 @@ def _result(
     compute = statistics.median(records[COMPUTE].seconds) if COMPUTE in records and not records[COMPUTE].error else None
     cluster = engines[0].mesh.cluster if engines else None
     reference = next((record.output for record in records.values() if record.output is not None), None)
-    methods = {}
+    sizes, level_names = (cluster.sizes, [level.name for level in cluster.levels]) if cluster else ((), [])
+    methods: dict[str, dict[str, Any]] = {}
     for name, record in records.items():
         sent, crossed, hosts = (_everyone(x, job) for x in (record.sent, record.crossed, job.hosts[job.rank]))
         if name == COMPUTE:
@@ -121,7 +125,7 @@ def _result(
             methods[name] = {"description": DESCRIPTIONS[name], "error": record.error}
             continue
         median = statistics.median(record.seconds)
-        links = None if cluster is None or None in sent else busiest_links(sent, cluster.sizes)
+        links = None if cluster is None or None in sent else busiest_links(sent, sizes)
         limit = _limit(compute, links, rates)
         methods[name] = {
             "description": DESCRIPTIONS[name],
@@ -132,8 +136,8 @@ def _result(
                 "all": record.seconds,
             },
             "communication_share": None if compute is None or name == "single" else 1 - compute / median,
-            "bytes": None if links is None else {level.name: links[i] for i, level in enumerate(cluster.levels)},
-            "counted_bytes": None if links is None else _host_bytes(sent, hosts, cluster.sizes),
+            "bytes": None if links is None else dict(zip(level_names, links, strict=True)),
+            "counted_bytes": None if links is None else _host_bytes(sent, hosts, sizes),
             "interface_bytes": None if None in crossed else max(dict(zip(hosts, crossed, strict=True)).values()),
             "limit_seconds": limit,
             "ratio_to_limit": None if limit is None else median / limit,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.distributed as dist
 from torch import Tensor
 
@@ -24,49 +26,69 @@ class FlatExchange:
 
     def __init__(self, sizes: tuple[int, ...], group: dist.ProcessGroup, lane: Lane, tally: Tally) -> None:
         self._sizes, self._group, self._lane, self._tally = sizes, group, lane, tally
-        self._rank = group.rank()
+        self._rank, self._started = group.rank(), 0
         self.order = tuple(range(group.size()))
 
-    def start(self, send: Tensor, traffic: Traffic, label: str) -> Ticket:
-        """Send a buffer packed in `self.order`; the ticket gives what arrived, in rank order, one-dimensional."""
+    def start(self, send: Tensor, traffic: Traffic, label: str, out: Tensor | None = None) -> Ticket:
         rank, ranks = self._rank, self.order
         send_splits = [traffic.block(rank, peer) for peer in ranks]
         recv_splits = [traffic.block(peer, rank) for peer in ranks]
         self._tally.add(label, [count * send.itemsize for count in sent_flat(traffic, self._sizes, rank)])
-        return self._lane.submit(lambda x: all_to_all(x, send_splits, recv_splits, self._group), send, label)
+        self._started += 1
+        return self._lane.submit(AllToAll(send_splits, recv_splits, self._group, self._started, out), send, label)
 
 
-def all_to_all(send: Tensor, send_splits: list[int], recv_splits: list[int], group: dist.ProcessGroup) -> Tensor:
-    """`all_to_all_single` with splits in elements, into a new buffer."""
-    recv = send.new_empty(sum(recv_splits))
-    if dist.get_backend(group) == "gloo":
-        _receives_first(recv, send, recv_splits, send_splits, group)
-    else:
-        dist.all_to_all_single(recv, send, recv_splits, send_splits, group=group)
-    return recv
+class AllToAll:
+    """`all_to_all_single` with splits in elements, into `out` or a new buffer: work for a lane.
 
+    On gloo it is point-to-point messages, all receives posted before any send. Gloo sends data once the receiver has
+    said that it is ready, on the same ordered connection. Its own all-to-all posts sends first: the word then waits
+    behind the data that goes the other way, and by chance the link is used in one direction at a time. MEASURED
+    (benchmarks/gloo_duplex.py): half to all of a link's bandwidth; this way, all of it. Messages carry a tag, so
+    several exchanges may be under way at once.
 
-def _receives_first(
-    recv: Tensor, send: Tensor, recv_splits: list[int], send_splits: list[int], group: dist.ProcessGroup
-) -> None:
-    """The same by point-to-point messages, all receives posted before any send.
-
-    Gloo sends data once the receiver has said that it is ready, on the same ordered connection. Its own all-to-all posts
-    sends first: the word then waits behind the data that goes the other way, and by chance the link is used in one
-    direction at a time. MEASURED (benchmarks/gloo_duplex.py): half to all of a link's bandwidth; this way all of it.
+    Args:
+        tag: a number for this exchange, the same on all ranks of the group and not in use by another.
     """
-    rank, size = group.rank(), group.size()
-    incoming, outgoing = recv.split(recv_splits), send.split(send_splits)
-    incoming[rank].copy_(outgoing[rank])
-    pending = []
-    for distance in range(1, size):
-        source = (rank - distance) % size
-        if recv_splits[source]:
-            pending.append(dist.irecv(incoming[source], group_src=source, group=group))
-    for distance in range(1, size):
-        destination = (rank + distance) % size
-        if send_splits[destination]:
-            pending.append(dist.isend(outgoing[destination], group_dst=destination, group=group))
-    for one in pending:
-        assert one is not None
-        one.wait()
+
+    def __init__(
+        self,
+        send_splits: list[int],
+        recv_splits: list[int],
+        group: dist.ProcessGroup,
+        tag: int,
+        out: Tensor | None = None,
+    ) -> None:
+        self._send_splits, self._recv_splits, self._group, self._tag = send_splits, recv_splits, group, tag % 2**30
+        self._recv = out
+        self._pending: list[dist.Work] | None = None
+        self._ordered = dist.get_backend(group) != "gloo"  # a collective, which must start in the lane's order
+
+    def begin(self, send: Tensor) -> None:
+        if self._ordered:
+            return
+        recv = self._make_recv(send)
+        rank, size = self._group.rank(), self._group.size()
+        incoming, outgoing = recv.split(self._recv_splits), send.split(self._send_splits)
+        others = [(rank + distance) % size for distance in range(1, size)]
+        options: dict[str, Any] = {"group": self._group, "tag": self._tag}
+        posted = [dist.irecv(incoming[r], group_src=r, **options) for r in reversed(others) if self._recv_splits[r]]
+        posted += [dist.isend(outgoing[r], group_dst=r, **options) for r in others if self._send_splits[r]]
+        incoming[rank].copy_(outgoing[rank])
+        self._pending = [work for work in posted if work is not None]
+
+    def __call__(self, send: Tensor) -> Tensor:
+        recv = self._make_recv(send)
+        if self._ordered:
+            dist.all_to_all_single(recv, send, self._recv_splits, self._send_splits, group=self._group)
+            return recv
+        if self._pending is None:
+            self.begin(send)
+        for work in self._pending or ():
+            work.wait()
+        return recv
+
+    def _make_recv(self, send: Tensor) -> Tensor:
+        if self._recv is None:
+            self._recv = send.new_empty(sum(self._recv_splits))
+        return self._recv

@@ -8,13 +8,12 @@ The bytes over slow links are those of a flat exchange; messages are fewer and l
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cocodiff.exchange.flat import all_to_all
+from cocodiff.exchange.flat import AllToAll
 from cocodiff.exchange.layout import Stage, Traffic, digits, staged_order, staged_plan
 from cocodiff.lanes import Lane, Ticket
 from cocodiff.tally import Tally
@@ -42,21 +41,41 @@ class StagedExchange:
         tally: Tally,
     ) -> None:
         self._sizes, self._rank, self._groups, self._lanes, self._tally = sizes, rank, groups, lanes, tally
-        self._digits = digits(rank, sizes)
+        self._digits, self._started = digits(rank, sizes), 0
         self.order = staged_order(sizes)
 
-    def start(self, send: Tensor, traffic: Traffic, label: str) -> Ticket:
-        """Send a buffer packed in `self.order`; the ticket gives what arrived, in rank order, one-dimensional."""
+    def start(self, send: Tensor, traffic: Traffic, label: str, out: Tensor | None = None) -> Ticket:
         source: Tensor | Ticket = send
         sent = [0] * len(self._sizes)
-        for stage in staged_plan(traffic, self._sizes, self._rank):
-            sent[stage.level] = (sum(stage.send_splits) - stage.send_splits[self._digits[stage.level]]) * send.itemsize
-            source = self._lanes[stage.level].submit(partial(self._run, stage), source, label)
+        stages = staged_plan(traffic, self._sizes, self._rank)
+        self._started += 1
+        for stage in stages:
+            level = stage.level
+            sent[level] = (sum(stage.send_splits) - stage.send_splits[self._digits[level]]) * send.itemsize
+            work = _Staged(stage, self._groups[level], self._started, out if stage is stages[-1] else None)
+            source = self._lanes[level].submit(work, source, label)
         self._tally.add(label, sent)
         assert not isinstance(source, Tensor), "a staged exchange needs a level of more than one rank"
         return source
 
-    def _run(self, stage: Stage, buffer: Tensor) -> Tensor:
-        if stage.gather is not None:
-            buffer = torch.cat([buffer[start : start + length] for start, length in stage.gather])
-        return all_to_all(buffer, list(stage.send_splits), list(stage.recv_splits), self._groups[stage.level])
+
+class _Staged(AllToAll):
+    """One stage: what arrived from the stage before, put in order, then exchanged."""
+
+    def __init__(self, stage: Stage, group: dist.ProcessGroup, tag: int, out: Tensor | None) -> None:
+        super().__init__(list(stage.send_splits), list(stage.recv_splits), group, tag, out)
+        self._gather = stage.gather
+        self._ordered_buffer: Tensor | None = None
+
+    def begin(self, send: Tensor) -> None:
+        super().begin(self._in_order(send))
+
+    def __call__(self, send: Tensor) -> Tensor:
+        return super().__call__(self._in_order(send))
+
+    def _in_order(self, buffer: Tensor) -> Tensor:
+        if self._gather is None:
+            return buffer
+        if self._ordered_buffer is None:
+            self._ordered_buffer = torch.cat([buffer[start : start + length] for start, length in self._gather])
+        return self._ordered_buffer

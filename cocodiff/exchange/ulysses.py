@@ -23,7 +23,11 @@ class Exchange(Protocol):
     name: str
     order: tuple[int, ...]
 
-    def start(self, send: Tensor, traffic: Traffic, label: str) -> Ticket: ...
+    def start(self, send: Tensor, traffic: Traffic, label: str, out: Tensor | None = None) -> Ticket:
+        """Send a buffer packed in `order`; the ticket gives what arrived, in rank order, one-dimensional.
+
+        `out`, if given, is where it arrives.
+        """
 
 
 class Pending:
@@ -40,12 +44,17 @@ class Pending:
         return received
 
 
-def to_heads(exchange: Exchange, x: Tensor, layout: Layout, rank: int, label: str) -> Pending:
-    """Start `(B, S_local, H, D)` -> `(B, S, H_local, D)`: all tokens, in rank order, of this rank's heads."""
+def to_heads(
+    exchange: Exchange, x: Tensor, layout: Layout, rank: int, label: str, out: Tensor | None = None
+) -> Pending:
+    """Start `(B, S_local, H, D)` -> `(B, S, H_local, D)`: all tokens, in rank order, of this rank's heads.
+
+    `out`, if given, is one-dimensional memory in which the result lies as `(S, B, H_local, D)`.
+    """
     batch, seq_len_local, _, head_dim = x.shape
     assert seq_len_local == layout.seq_lens[rank], (x.shape, layout, rank)
     send = pack_heads(x, layout.num_heads, exchange.order)
-    ticket = exchange.start(send, to_heads_traffic(layout, batch, head_dim), label)
+    ticket = exchange.start(send, to_heads_traffic(layout, batch, head_dim), label, out)
     return Pending(ticket, lambda buffer: unpack_heads(buffer, batch, layout.num_heads[rank], head_dim))
 
 

@@ -1,21 +1,21 @@
 """FLUX.1: joint attention of [text, image] in double blocks, one stream with a parallel MLP in single blocks.
 
-The forwards below are diffusers' (0.42) cut at the exchanges: everything after attention works row by row, so it is
-written for a slice of rows. Projections are called as modules, never by their weights: LoRA and hooks keep working.
+What follows is diffusers' forwards (0.42) cut at the exchanges: everything but attention works row by row, on pieces.
+Projections are called as modules, never by their weights: LoRA and hooks keep working.
 
 Legend: B batch, S sequence, H heads, D head_dim, C channels. Rows are this rank's tokens, text first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cocodiff.attention import attention
+from cocodiff.blocks import Blocks
 from cocodiff.engine import Engine
 from cocodiff.errors import PatchError
 from cocodiff.kernels import rotate_pairs
@@ -23,192 +23,188 @@ from cocodiff.models.family import Family
 from cocodiff.patches import Patches
 
 
-class FluxLayer:
-    """`cocodiff.attention.Layer` for one FluxAttention; `text` is None in single blocks, whose stream is joined."""
-
-    def __init__(
-        self,
-        attn: Any,
-        image: Tensor,
-        text: Tensor | None,
-        rotary: Any,
-        finish: Callable[..., Any],
-        beside: Callable[[slice], Tensor] | None,
-        backend: Any,
-    ) -> None:
-        self.attn, self.image, self.text, self.rotary = attn, image, text, rotary
-        self.num_heads: int = attn.heads
-        self.finish = finish
-        self._beside, self._backend = beside, backend
-        self._fused: list[tuple[Tensor, ...]] | None = None
-
-    def value(self) -> Tensor:
-        return torch.cat(self._project(2, "to_v", "add_v_proj"), dim=1)
-
-    def key(self) -> Tensor:
-        return self._rotated(self._project(1, "to_k", "add_k_proj"), "norm_k", "norm_added_k")
-
-    def query(self) -> Tensor:
-        return self._rotated(self._project(0, "to_q", "add_q_proj"), "norm_q", "norm_added_q")
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        from diffusers.models.attention_dispatch import dispatch_attention_fn
-
-        return dispatch_attention_fn(query, key, value, backend=self._backend)
-
-    def beside(self, rows: slice) -> Tensor | None:
-        return None if self._beside is None else self._beside(rows)
-
-    def _project(self, index: int, image_name: str, text_name: str) -> list[Tensor]:
-        """Text (if any) and image, `(B, S, H, D)` each, by one of the three projections."""
-        attn = self.attn
-        if attn.fused_projections and self._fused is None:  # one matrix makes all three: V cannot come first
-            self._fused = [attn.to_qkv(self.image).chunk(3, dim=-1)]
-            if self.text is not None:
-                self._fused.insert(0, attn.to_added_qkv(self.text).chunk(3, dim=-1))
-        if self._fused is not None:
-            parts = [fused[index] for fused in self._fused]
-        else:
-            parts = [getattr(attn, image_name)(self.image)]
-            if self.text is not None:
-                parts.insert(0, getattr(attn, text_name)(self.text))
-        return [part.unflatten(-1, (-1, attn.head_dim)) for part in parts]
-
-    def _rotated(self, parts: list[Tensor], image_norm: str, text_norm: str) -> Tensor:
-        parts[-1] = getattr(self.attn, image_norm)(parts[-1])
-        if self.text is not None:
-            parts[0] = getattr(self.attn, text_norm)(parts[0])
-        joint = torch.cat(parts, dim=1)
-        return joint if self.rotary is None else rotate_pairs(joint, *self.rotary)
-
-
 class FluxProcessor:
-    """Stands where diffusers' FluxAttnProcessor stood, so that everyone can see who attends."""
+    """Stands where diffusers' FluxAttnProcessor stood, so that everyone can see who attends; the blocks do it."""
 
     _attention_backend = None  # what `set_attention_backend` sets
     _parallel_config = None
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise PatchError("a block's forward was replaced after cocodiff.wrap: FLUX cannot run so on shards. Wrap last.")
 
-    def __call__(
+
+@dataclass
+class Stream:
+    """One stream of a block: its modules up to attention, and the modulation that this step's embedding gives them."""
+
+    norm: nn.Module  # an AdaLayerNormZero, called part by part: its linear once, its norm for every piece
+    project: dict[str, nn.Module]  # "q", "k", "v", or "qkv" where they are fused
+    norm_query: nn.Module
+    norm_key: nn.Module
+    mods: tuple[Tensor, ...]  # shift, scale and gate of attention, then those of the feed-forward if it has one
+
+    @classmethod
+    def of(cls, attn: Any, norm: Any, temb: Tensor, added: bool) -> Stream:
+        """The text stream of a joint attention (`added`), or its image stream, or the only one."""
+        if attn.fused_projections:  # one matrix makes all three: V cannot come first
+            project = {"qkv": attn.to_added_qkv if added else attn.to_qkv}
+        else:
+            names = ("add_q_proj", "add_k_proj", "add_v_proj") if added else ("to_q", "to_k", "to_v")
+            project = {label: getattr(attn, name) for label, name in zip("qkv", names, strict=True)}
+        norms = ("norm_added_q", "norm_added_k") if added else ("norm_q", "norm_k")
+        mods = norm.linear(norm.silu(temb))
+        mods = tuple(mod.unsqueeze(1) for mod in mods.chunk(3 if mods.shape[1] == 3 * attn.query_dim else 6, dim=1))
+        return cls(norm.norm, project, getattr(attn, norms[0]), getattr(attn, norms[1]), mods)
+
+    def modulated(self, hidden_states: Tensor) -> Tensor:
+        return self.norm(hidden_states) * (1 + self.mods[1]) + self.mods[0]
+
+
+class FluxLayer:
+    """`cocodiff.attention.Layer` of one block.
+
+    Args:
+        text_len: this rank's text tokens, which come first.
+    """
+
+    def __init__(self, attn: Any, streams: list[Stream], rotary: Any, text_len: int, itemsize: int) -> None:
+        self.attn, self.streams, self.rotary, self.text_len = attn, streams, rotary, text_len
+        self.num_heads: int = attn.heads
+        self.bytes_per_token = attn.inner_dim * itemsize
+        self._rows: dict[int, slice] = {}
+        self.residual: dict[int, tuple[Tensor, ...]] = {}  # piece -> rows of each stream
+        self.normed: dict[int, tuple[Tensor, ...]] = {}
+        self._fused: dict[int, list[tuple[Tensor, ...]]] = {}
+
+    def enter(self, piece: int, rows: slice, inputs: tuple[Tensor, ...]) -> None:
+        if len(self.streams) == 1:
+            inputs = (torch.cat(inputs, dim=1),)
+        self._rows[piece], self.residual[piece] = rows, inputs
+        self.normed[piece] = tuple(stream.modulated(x) for stream, x in zip(self.streams, inputs, strict=True))
+
+    def value(self, piece: int) -> Tensor:
+        return torch.cat(self._project("v", piece), dim=1)
+
+    def key(self, piece: int) -> Tensor:
+        parts = zip(self.streams, self._project("k", piece), strict=True)
+        return self._rotated(piece, [stream.norm_key(part) for stream, part in parts])
+
+    def query(self, piece: int) -> Tensor:
+        parts = zip(self.streams, self._project("q", piece), strict=True)
+        return self._rotated(piece, [stream.norm_query(part) for stream, part in parts])
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+        return dispatch_attention_fn(query, key, value, backend=self.attn.processor._attention_backend)
+
+    def _project(self, label: str, piece: int) -> list[Tensor]:
+        """`(B, rows, H, D)` of each stream, by one of the three projections."""
+        both = list(zip(self.streams, self.normed[piece], strict=True))
+        if "qkv" in self.streams[0].project:
+            if piece not in self._fused:
+                self._fused[piece] = [stream.project["qkv"](x).chunk(3, dim=-1) for stream, x in both]
+            parts = [fused["qkv".index(label)] for fused in self._fused[piece]]
+        else:
+            parts = [stream.project[label](x) for stream, x in both]
+        return [part.unflatten(-1, (-1, self.attn.head_dim)) for part in parts]
+
+    def _rotated(self, piece: int, parts: list[Tensor]) -> Tensor:
+        joint = torch.cat(parts, dim=1)
+        rows = self._rows[piece]
+        return joint if self.rotary is None else rotate_pairs(joint, *(angles[rows] for angles in self.rotary))
+
+    def _text_rows(self, piece: int) -> int:
+        rows = self._rows[piece]
+        return min(rows.stop, self.text_len) - min(rows.start, self.text_len)
+
+
+class DoubleLayer(FluxLayer):
+    """Text and image with weights of their own (FluxTransformerBlock)."""
+
+    def __init__(
         self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        engine: Engine,
+        block: Any,
+        temb: Tensor,
         image_rotary_emb: Any = None,
-        finish: Callable[..., Any] | None = None,
-        beside: Callable[[slice], Tensor] | None = None,
-    ) -> list[Any]:
-        if finish is None or attention_mask is not None:
-            what = "a block's forward was replaced" if finish is None else "an attention_mask was passed"
-            raise PatchError(f"{what} after cocodiff.wrap: FLUX cannot run so on shards. Wrap again, last.")
-        backend = self._attention_backend
-        layer = FluxLayer(attn, hidden_states, encoder_hidden_states, image_rotary_emb, finish, beside, backend)
-        return attention(self._engine, layer)
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        text_len = engine.tokens.streams["text"][engine.rank]
+        streams = [
+            Stream.of(block.attn, block.norm1_context, temb, added=True),
+            Stream.of(block.attn, block.norm1, temb, added=False),
+        ]
+        super().__init__(block.attn, streams, image_rotary_emb, text_len, temb.itemsize)
+        self.block = block
 
+    def beside(self, piece: int) -> None:
+        return None
 
-def _cat(pieces: list[Tensor]) -> Tensor:
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
-
-
-def _double_block(
-    block: Any,
-    hidden_states: Tensor,
-    encoder_hidden_states: Tensor,
-    temb: Tensor,
-    image_rotary_emb: Any = None,
-    joint_attention_kwargs: dict[str, Any] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """FluxTransformerBlock.forward on shards."""
-    text_len, attn = encoder_hidden_states.shape[1], block.attn
-    norm_image, *image_mods = block.norm1(hidden_states, emb=temb)
-    norm_text, *text_mods = block.norm1_context(encoder_hidden_states, emb=temb)
-
-    def project_out(attended: Tensor) -> Tensor:
-        return attn.to_out[1](attn.to_out[0](attended))
-
-    def finish(rows: slice, attended: Tensor, _: Any) -> tuple[Tensor, Tensor]:
-        text = slice(min(rows.start, text_len), min(rows.stop, text_len))
-        image = slice(max(rows.start - text_len, 0), max(rows.stop - text_len, 0))
-        cut = text.stop - text.start
-        image_out = _feed_forward(
-            hidden_states[:, image], project_out(attended[:, cut:]), image_mods, block.norm2, block.ff
-        )
+    def finish(self, piece: int, attended: Tensor, beside: Tensor | None) -> tuple[Tensor, Tensor]:
+        block, attn, count = self.block, self.attn, self._text_rows(piece)
+        text, image = self.residual[piece]
         text_out = _feed_forward(
-            encoder_hidden_states[:, text],
-            attn.to_add_out(attended[:, :cut]),
-            text_mods,
-            block.norm2_context,
-            block.ff_context,
+            text, attn.to_add_out(attended[:, :count]), self.streams[0].mods, block.norm2_context, block.ff_context
         )
-        if text_out.dtype == torch.float16:
-            text_out = text_out.clip(-65504, 65504)
-        return text_out, image_out
-
-    pieces = attn(
-        hidden_states=norm_image,
-        encoder_hidden_states=norm_text,
-        image_rotary_emb=image_rotary_emb,
-        finish=finish,
-        **(joint_attention_kwargs or {}),
-    )
-    return _cat([text for text, _ in pieces]), _cat([image for _, image in pieces])
+        projected = attn.to_out[1](attn.to_out[0](attended[:, count:]))
+        image_out = _feed_forward(image, projected, self.streams[1].mods, block.norm2, block.ff)
+        return _clipped(text_out), image_out
 
 
-def _feed_forward(residual: Tensor, projected: Tensor, mods: list[Tensor], norm: nn.Module, ff: nn.Module) -> Tensor:
+class SingleLayer(FluxLayer):
+    """Text and image as one stream, with an MLP beside attention (FluxSingleTransformerBlock)."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        block: Any,
+        temb: Tensor,
+        image_rotary_emb: Any = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        text_len = engine.tokens.streams["text"][engine.rank]
+        streams = [Stream.of(block.attn, block.norm, temb, added=False)]
+        super().__init__(block.attn, streams, image_rotary_emb, text_len, temb.itemsize)
+        self.block = block
+
+    def beside(self, piece: int) -> Tensor:
+        return self.block.act_mlp(self.block.proj_mlp(self.normed[piece][0]))
+
+    def finish(self, piece: int, attended: Tensor, beside: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert beside is not None
+        projected = self.block.proj_out(torch.cat([attended, beside], dim=2))
+        out = _clipped(self.residual[piece][0] + self.streams[0].mods[2] * projected)
+        count = self._text_rows(piece)
+        return out[:, :count], out[:, count:]
+
+
+def _feed_forward(
+    residual: Tensor, projected: Tensor, mods: tuple[Tensor, ...], norm: nn.Module, ff: nn.Module
+) -> Tensor:
     """Gated attention output, then the gated feed-forward: rows of one stream of a double block."""
-    gate_msa, shift_mlp, scale_mlp, gate_mlp = (mod.unsqueeze(1) for mod in mods)
+    _, _, gate_msa, shift_mlp, scale_mlp, gate_mlp = mods
     hidden_states = residual + gate_msa * projected
     return hidden_states + gate_mlp * ff(norm(hidden_states) * (1 + scale_mlp) + shift_mlp)
 
 
-def _single_block(
-    block: Any,
-    hidden_states: Tensor,
-    encoder_hidden_states: Tensor,
-    temb: Tensor,
-    image_rotary_emb: Any = None,
-    joint_attention_kwargs: dict[str, Any] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """FluxSingleTransformerBlock.forward on shards; its MLP runs while exchanges are in flight."""
-    text_len = encoder_hidden_states.shape[1]
-    residual = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-    norm_hidden_states, gate = block.norm(residual, emb=temb)
-
-    def beside(rows: slice) -> Tensor:
-        return block.act_mlp(block.proj_mlp(norm_hidden_states[:, rows]))
-
-    def finish(rows: slice, attended: Tensor, mlp: Tensor) -> Tensor:
-        projected = block.proj_out(torch.cat([attended, mlp], dim=2))
-        out = residual[:, rows] + gate.unsqueeze(1) * projected
-        return out.clip(-65504, 65504) if out.dtype == torch.float16 else out
-
-    joint = _cat(
-        block.attn(
-            hidden_states=norm_hidden_states,
-            image_rotary_emb=image_rotary_emb,
-            finish=finish,
-            beside=beside,
-            **(joint_attention_kwargs or {}),
-        )
-    )
-    return joint[:, :text_len], joint[:, text_len:]
+def _clipped(x: Tensor) -> Tensor:
+    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
 
 
 def install(engine: Engine, transformer: Any, patches: Patches) -> list[nn.Module]:
     """Our processors and block forwards, on this transformer's instances alone."""
     attentions = []
-    for blocks, forward in (
-        (transformer.transformer_blocks, _double_block),
-        (transformer.single_transformer_blocks, _single_block),
+    row = Blocks(engine, ("encoder_hidden_states", "hidden_states"))
+    for blocks, make_layer in (
+        (transformer.transformer_blocks, DoubleLayer),
+        (transformer.single_transformer_blocks, SingleLayer),
     ):
         for block in blocks:
-            processor = FluxProcessor(engine)
+            processor = FluxProcessor()
             processor._attention_backend = getattr(block.attn.processor, "_attention_backend", None)
             patches.set(block.attn, "processor", processor, may_be_replaced=True)
-            patches.set(block, "forward", partial(forward, block))
+            row.append(block, partial(make_layer, engine, block), patches)
             attentions.append(block.attn)
     return attentions
 

@@ -79,7 +79,9 @@ def _local_copy_instead_of_exchange():
 
     engine = _engine((2, 2))
     layout = Layout((3, 3, 3, 3), (2, 2, 2, 2))
-    engine.flat.start = lambda send, traffic, label: engine.outer_lane.submit(lambda x: x.clone(), send, label)
+    engine.flat.start = lambda send, traffic, label, out=None: engine.outer_lane.submit(
+        lambda x: x.clone(), send, label
+    )
     torch.manual_seed(0)
     whole = torch.randn(1, 12, 8, 2)
     got = to_heads(engine.flat, whole.split(3, 1)[engine.rank], layout, engine.rank, "x").wait()

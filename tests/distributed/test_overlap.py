@@ -16,12 +16,13 @@ from tests.distributed.ranks import run_ranks
 from tests.pipelines import flux_call, flux_pipeline
 
 PATIENCE_SECONDS = 1.0
-# What lies under what, in a single block: (exchange, occurrence) spans (compute, occurrence) .. (compute, occurrence).
-# The output is held against the last attention and the last of the MLP: four pieces make them the 4th and the 2nd.
+# What lies under what, in two single blocks: (exchange, occurrence) spans (compute, occurrence) .. (the same).
+# In two pieces each the output lies under the 2nd attention and the 2nd half of the MLP, and its last piece under V of
+# the next block, whose first piece is the 3rd.
 COMMON = {("v", 0): (("k", 0), ("q", 0)), ("q", 0): (("beside", 0), ("beside", 0))}
 SPANS = {
-    "v_first": COMMON | {("o", 0): (("attend", 3), ("beside", 1))},
-    "sequential": COMMON | {("o", 0): (("attend", 0), ("beside", 0))},
+    "v_first": COMMON | {("o", 0): (("attend", 1), ("beside", 1)), ("o", 1): (("finish", 0), ("v", 2))},
+    "sequential": COMMON | {("o", 0): (("attend", 0), ("beside", 0)), ("o", 1): (("finish", 0), ("v", 1))},
 }
 
 
@@ -61,12 +62,12 @@ class Gates:
 
 
 def _record(schedule):
-    """The marks of one forward of a transformer of one single block, on this rank."""
+    """The marks of one forward of a transformer of two single blocks, on this rank."""
     import cocodiff
     from cocodiff.timeline import Timeline
 
     level = cocodiff.Level("slow", 2, 1.0, 1e-6)  # no latency to speak of: outputs go in pieces
-    pipe, cluster = flux_pipeline(double=0, single=1), cocodiff.Cluster("test", (level,))
+    pipe, cluster = flux_pipeline(double=0, single=2), cocodiff.Cluster("test", (level,))
     cocodiff.wrap(pipe, schedule=schedule, exchange="flat", cluster=cluster)
     engine, gates = pipe.cocodiff.engine, Gates(SPANS[schedule])
     lane = engine.outer_lane

@@ -158,11 +158,11 @@ def _broken(what, expected):
     if what == "one exchange is a local copy":
         original = engine.flat.start
 
-        def start(send, traffic, label):
+        def start(send, traffic, label, out=None):
             if label == "k":
                 shape = sum(traffic.block(src, engine.rank) for src in engine.flat.order)
                 return engine.outer_lane.submit(lambda x: torch.zeros(shape).copy_(x.repeat(2)[:shape]), send, label)
-            return original(send, traffic, label)
+            return original(send, traffic, label, out)
 
         engine.flat.start = start
     if what == "one rank's rotation is off by a token" and engine.rank == 1:
