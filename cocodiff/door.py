@@ -80,7 +80,7 @@ class Door:
         for name, stream in family.split.items():
             if given.get(name) is not None:
                 given[name] = _shard(given[name], tokens.rows(stream, engine.rank), lengths[stream], name)
-        with engine.sharded(tokens):
+        with engine.span("forward"), engine.sharded(tokens):
             output = self._forward(**given)
             whole = engine.gather(output[0], "image")
         return (whole, *output[1:]) if isinstance(output, tuple) else type(output)(sample=whole)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from cocodiff.config import Config
@@ -15,7 +16,7 @@ from cocodiff.exchange.layout import outer_difference
 from cocodiff.lanes import make_lane
 from cocodiff.mesh import Mesh
 from cocodiff.tally import Tally
-from cocodiff.timeline import Timeline
+from cocodiff.timeline import COMPUTE, Timeline
 from cocodiff.tokens import Tokens
 
 MAX_PIECES = 4
@@ -26,15 +27,15 @@ LATENCIES_PER_PIECE = 20  # the exchange of a piece takes at least this many tim
 class Engine:
     """Config, mesh, lanes and exchanges of one wrapped pipeline on this rank (more than one rank).
 
-    Args:
-        timeline: records every span of lanes and compute when given.
+    `timeline`, while one is recording, gets every span of compute.
     """
 
-    def __init__(self, config: Config, mesh: Mesh, device: torch.device, timeline: Timeline | None = None) -> None:
-        self.config, self.mesh, self.device, self.timeline = config, mesh, device, timeline
+    def __init__(self, config: Config, mesh: Mesh, device: torch.device) -> None:
+        self.config, self.mesh, self.device = config, mesh, device
+        self.timeline: Timeline | None = None
         levels = mesh.cluster.levels
         active = list(mesh.level_groups)
-        self._lanes = {level: make_lane(levels[level].name, device, timeline) for level in active}
+        self._lanes = {level: make_lane(levels[level].name, device) for level in active}
         self.outer_lane = self._lanes[active[-1]]
         self.tally, sizes = Tally(), mesh.cluster.sizes
         self.flat: Exchange = FlatExchange(sizes, mesh.flat_group, self.outer_lane, self.tally)
@@ -110,7 +111,8 @@ class Engine:
         """`(B, S_local, C)` shards of a stream -> the whole `(B, S, C)` on every rank."""
         longest = max(self.tokens.streams[stream]) * x.shape[0] * x.shape[2] * x.itemsize
         self._tally_gather("gather", longest)
-        return gather_rows(x, self.tokens.streams[stream], self.mesh.flat_group, self.outer_lane)
+        with self.span("wait gather"):
+            return gather_rows(x, self.tokens.streams[stream], self.mesh.flat_group, self.outer_lane)
 
     def differs(self, tensors: Iterable[Tensor]) -> Tensor:
         """Whether some rank holds other bits in these tensors: a bool on the device, for which nothing waits."""
@@ -133,4 +135,21 @@ class Engine:
 
     def span(self, label: str) -> AbstractContextManager[None]:
         """Names a stretch of compute in the timeline, if one is kept."""
-        return nullcontext() if self.timeline is None else self.timeline.span("compute", label)
+        return nullcontext() if self.timeline is None else self.timeline.span(COMPUTE, label)
+
+    @contextmanager
+    def recording(self) -> Iterator[Timeline]:
+        """While inside, a timeline of all lanes, whose time begins on all ranks at once. Collective."""
+        timeline = Timeline(self.device)
+        dist.barrier(group=self.mesh.host_group)
+        timeline.restart()
+        self._set_timeline(timeline)
+        try:
+            yield timeline
+        finally:
+            self._set_timeline(None)
+
+    def _set_timeline(self, timeline: Timeline | None) -> None:
+        self.timeline = timeline
+        for lane in self._lanes.values():
+            lane.timeline = timeline

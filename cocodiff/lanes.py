@@ -14,6 +14,7 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -33,13 +34,14 @@ Work = Callable[[Tensor], Tensor]  # may have `begin(source)`, which starts it a
 
 
 class Lane(Protocol):
-    """An ordered queue of work beside the compute.
+    """An ordered queue of work beside the compute. `timeline`, if set, records it.
 
     `submitted` counts what was ever submitted: ranks whose counts differ are out of step for good.
     """
 
     name: str
     submitted: int
+    timeline: Timeline | None
 
     def submit(self, work: Work, source: Tensor | Ticket, label: str) -> Ticket:
         """Run `work(source)` after all that was submitted here before, and after `source` has been produced.
@@ -56,14 +58,14 @@ class Lane(Protocol):
 class ThreadLane:
     """A lane of CPU tensors: one daemon thread, so that communication and compute share the cores for real.
 
-    >>> lane = ThreadLane("doubling", None)
+    >>> lane = ThreadLane("doubling")
     >>> lane.submit(lambda x: 2 * x, torch.ones(1), "twice").wait().item()
     2.0
     """
 
-    def __init__(self, name: str, timeline: Timeline | None) -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
-        self.timeline = timeline
+        self.timeline: Timeline | None = None
         self.submitted = 0
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         threading.Thread(target=self._run, name=f"cocodiff lane {name}", daemon=True).start()
@@ -88,11 +90,8 @@ class ThreadLane:
             try:
                 tensor = source if isinstance(source, Tensor) else source.wait()
                 with torch.inference_mode(inference), torch.set_grad_enabled(False):
-                    if self.timeline is None:
+                    with _span(self, label):
                         result = work(tensor)
-                    else:
-                        with self.timeline.span(self.name, label):
-                            result = work(tensor)
                 promise.set_result(result)
             except BaseException as error:  # delivered to whoever waits, never lost in a thread
                 promise.set_exception(error)
@@ -140,9 +139,9 @@ class StreamLane:
     `submit` makes the lane wait for all compute issued so far *before* its work allocates anything.
     """
 
-    def __init__(self, name: str, device: torch.device, timeline: Timeline | None) -> None:
+    def __init__(self, name: str, device: torch.device) -> None:
         self.name = name
-        self.timeline = timeline
+        self.timeline: Timeline | None = None
         self.submitted = 0
         self._api = torch.get_device_module(device)
         self._device = device
@@ -153,11 +152,8 @@ class StreamLane:
         self._stream.wait_stream(self._api.current_stream(self._device))
         with self._api.stream(self._stream):
             tensor = source if isinstance(source, Tensor) else source.wait()
-            if self.timeline is None:
+            with _span(self, label):
                 result = work(tensor)
-            else:
-                with self.timeline.span(self.name, label):
-                    result = work(tensor)
             done = self._stream.record_event()
         return StreamTicket(self._api, self._device, done, result, keep=(tensor, source))
 
@@ -180,6 +176,10 @@ class StreamTicket:
         return self._result
 
 
-def make_lane(name: str, device: torch.device, timeline: Timeline | None) -> Lane:
+def _span(lane: Lane, label: str) -> AbstractContextManager[None]:
+    return nullcontext() if lane.timeline is None else lane.timeline.span(lane.name, label)
+
+
+def make_lane(name: str, device: torch.device) -> Lane:
     """A lane for tensors of `device`: a stream on accelerators, a thread on the CPU."""
-    return ThreadLane(name, timeline) if device.type == "cpu" else StreamLane(name, device, timeline)
+    return ThreadLane(name) if device.type == "cpu" else StreamLane(name, device)

@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "cocodiff.tiny",
     ),
     ("cocodiff.launch", "cocodiff.topology"),
-    ("cocodiff.config", "cocodiff.tokens"),
+    ("cocodiff.config", "cocodiff.tokens", "cocodiff.report"),
     ("cocodiff.mesh", "cocodiff.lanes"),
     ("cocodiff.exchange",),
     ("cocodiff.engine",),

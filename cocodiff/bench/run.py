@@ -20,6 +20,7 @@ from cocodiff.bench.methods import DESCRIPTIONS, Method, compute_method, make_me
 from cocodiff.bench.shapes import Shape, build_transformer
 from cocodiff.launch.agree import gather_json
 from cocodiff.launch.job import Job
+from cocodiff.report import write_trace
 
 SCHEMA = "cocodiff-bench/1"
 COMPUTE = "compute"
@@ -38,12 +39,22 @@ class Record:
 
 
 def run_bench(
-    shape: Shape, names: Sequence[str], job: Job, cluster: str, steps: int, repeat: int, say: Callable[[str], None]
-) -> tuple[dict[str, Any], dict[str, Record]]:
+    shape: Shape,
+    names: Sequence[str],
+    job: Job,
+    cluster: str,
+    steps: int,
+    repeat: int,
+    say: Callable[[str], None],
+    trace: Path | None = None,
+) -> dict[str, Any]:
     """Every method once to warm up, then `repeat` rounds of all in turn, `steps` steps each. Collective.
 
+    Args:
+        trace: a folder; one more step of each method of ours is recorded there, in a folder of its name.
+
     Returns:
-        the result as JSON values (docs/bench.md has the schema; rank 0's counts most), and this rank's records.
+        the result as JSON values; docs/bench.md has the schema. Rank 0's is the one to show.
     """
     model = build_transformer(shape)
     makers: dict[str, Callable[[], Method]] = {
@@ -63,7 +74,13 @@ def run_bench(
         say(f"round {round_index + 1} of {repeat}")
     engines = [record.method.engine for record in running.values() if record.method and record.method.engine]
     rates = {level: goodput(engines[0], level) for level in engines[0].mesh.level_groups} if engines else {}
-    return _result(shape, records, job, engines, rates, steps), records
+    if trace is not None:
+        for name, record in running.items():
+            if record.method is not None and record.method.engine is not None and name != COMPUTE:
+                with record.method.engine.recording() as timeline:
+                    _time(record.method, 1, job)
+                write_trace(timeline, trace / name, job.rank)
+    return _result(shape, records, job, engines, rates, steps)
 
 
 def _warmed_up(make: Callable[[], Method], job: Job) -> Record:

@@ -1,4 +1,4 @@
-"""The command line: `cocodiff generate`, `cocodiff bench`, `cocodiff doctor`."""
+"""The command line: `cocodiff generate`, `bench`, `report`, `doctor`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import typer
 
 from cocodiff.cli.bench import bench_app
 from cocodiff.cli.generate import generate
+from cocodiff.cli.report import report_app
 from cocodiff.cli.start import rank_words
 from cocodiff.errors import CocodiffError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Diffusion transformers on many ranks.")
 app.command()(generate)
 app.add_typer(bench_app, name="bench")
+app.add_typer(report_app, name="report")
 
 
 def main() -> None:

@@ -38,6 +38,7 @@ def bench(
     ranks: Annotated[int | None, typer.Option(min=1, help="Start so many local ranks.")] = None,
     json: Annotated[Path | None, typer.Option("--json", help="Write the result there; - prints it.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the result there.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Record one more step of each method of ours there.")] = None,
     save: Annotated[Path | None, typer.Option(help="Write JSON, Markdown and PNG into this folder.")] = None,
 ) -> None:
     """Run methods in turn on one model shape and say what they took and sent."""
@@ -64,7 +65,7 @@ def bench(
     job = start_job(device)
     say = (lambda text: print(text, file=sys.stderr)) if job.is_main else (lambda text: None)
     with job.watched("cocodiff bench"):
-        result, _ = run_bench(chosen, methods.split(","), job, cluster, steps, repeat, say)
+        result = run_bench(chosen, methods.split(","), job, cluster, steps, repeat, say, trace)
     if not job.is_main:
         return
     command = shlex.join(["cocodiff", *sys.argv[1:]])

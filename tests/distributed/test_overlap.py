@@ -64,21 +64,20 @@ class Gates:
 def _record(schedule):
     """The marks of one forward of a transformer of two single blocks, on this rank."""
     import cocodiff
-    from cocodiff.timeline import Timeline
 
     level = cocodiff.Level("slow", 2, 1.0, 1e-6)  # no latency to speak of: outputs go in pieces
     pipe, cluster = flux_pipeline(double=0, single=2), cocodiff.Cluster("test", (level,))
     cocodiff.wrap(pipe, schedule=schedule, exchange="flat", cluster=cluster)
     engine, gates = pipe.cocodiff.engine, Gates(SPANS[schedule])
     lane = engine.outer_lane
-    lane.timeline = engine.timeline = Timeline()
     span, submit = engine.span, lane.submit
     engine.span = lambda label: gates.compute(label, span)
     lane.submit = lambda work, source, label: submit(gates.exchange(label, work), source, label)
 
     call = flux_call("text2image", height=20, width=20)
-    pipe(**{**call, "num_inference_steps": 1, "true_cfg_scale": 1.0})
-    return [(mark.kind, mark.lane, mark.label) for mark in engine.timeline.marks]
+    with engine.recording() as timeline:
+        pipe(**{**call, "num_inference_steps": 1, "true_cfg_scale": 1.0})
+    return [(mark.kind, mark.lane, mark.label) for mark in timeline.marks]
 
 
 def _spanned(marks, spans):
@@ -114,7 +113,7 @@ def test_sequential_does_not():
 def test_a_lane_keeps_order_and_delivers_errors(fails):
     from cocodiff.lanes import ThreadLane
 
-    lane, seen = ThreadLane("lane", None), []
+    lane, seen = ThreadLane("lane"), []
 
     def work(x):
         seen.append(x.item())

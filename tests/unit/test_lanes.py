@@ -64,7 +64,7 @@ def accelerator(monkeypatch):
 
 
 def test_the_lane_waits_for_the_producer_and_the_consumer_for_the_lane(accelerator):
-    lane = StreamLane("link", DEVICE, None)
+    lane = StreamLane("link", DEVICE)
     accelerator.log.clear()
     ticket = lane.submit(accelerator.work("send"), torch.ones(1), "v")
     assert accelerator.log == [
@@ -78,7 +78,7 @@ def test_the_lane_waits_for_the_producer_and_the_consumer_for_the_lane(accelerat
 
 
 def test_the_next_lane_waits_for_the_stage_before_it_and_for_compute(accelerator):
-    inner, outer = StreamLane("inner", DEVICE, None), StreamLane("outer", DEVICE, None)
+    inner, outer = StreamLane("inner", DEVICE), StreamLane("outer", DEVICE)
     first = inner.submit(accelerator.work("stage 1"), torch.ones(1), "v")
     accelerator.log.clear()
     second = outer.submit(accelerator.work("stage 2"), first, "v")
@@ -94,7 +94,7 @@ def test_the_next_lane_waits_for_the_stage_before_it_and_for_compute(accelerator
 
 
 def test_what_lanes_read_lives_until_compute_has_waited(accelerator):
-    inner, outer = StreamLane("inner", DEVICE, None), StreamLane("outer", DEVICE, None)
+    inner, outer = StreamLane("inner", DEVICE), StreamLane("outer", DEVICE)
     send = torch.ones(4)
     alive = weakref.ref(send)
     first = inner.submit(lambda x: x + 1, send, "v")
