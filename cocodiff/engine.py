@@ -97,13 +97,12 @@ class Engine:
         """
         cluster = self.mesh.cluster
         bytes_per_rank = sum(layout.seq_lens) / self.mesh.world_size * bytes_per_token
-        flat, staged = cluster.flat_seconds(bytes_per_rank), cluster.staged_seconds(bytes_per_rank)
+        seconds = {name: cluster.seconds(name, bytes_per_rank) for name in ("flat", "staged")}
         choice = self.config.exchange
         if choice == "auto":
-            choice = "staged" if staged < flat else "flat"
-        exchange, seconds = (self.staged, staged) if choice == "staged" else (self.flat, flat)
-        latency = cluster.staged_seconds(0) if choice == "staged" else cluster.flat_seconds(0)
-        pieces = MAX_PIECES if latency == 0 else int(seconds / (LATENCIES_PER_PIECE * latency))
+            choice = "staged" if seconds["staged"] < seconds["flat"] else "flat"
+        exchange, latency = self.staged if choice == "staged" else self.flat, cluster.seconds(choice, 0)
+        pieces = MAX_PIECES if latency == 0 else int(seconds[choice] / (LATENCIES_PER_PIECE * latency))
         fewest = min(layout.seq_lens)
         return exchange, max(1, min(pieces, MAX_PIECES, max(2, fewest // ROWS_PER_PIECE), fewest))
 

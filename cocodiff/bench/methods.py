@@ -55,7 +55,7 @@ def make_method(name: str, model: torch.nn.Module, shape: Shape, job: Job, clust
     """Collective. Raises where the method cannot run this shape on these ranks: its row says why."""
     inputs = build_inputs(shape, job.device)
     if name == "single":
-        alone = copy.deepcopy(model).to(job.device) if job.is_main else None
+        alone = _copy(model).to(job.device) if job.is_main else None
         return Method(name, lambda: alone(**inputs).sample, everyone=False)  # type: ignore[misc]
     if job.world_size == 1:
         raise ConfigError("one rank has nothing to exchange: start the bench under a launcher, or with --ranks")
@@ -67,7 +67,7 @@ def make_method(name: str, model: torch.nn.Module, shape: Shape, job: Job, clust
     }
     if name not in configs:
         raise ConfigError(f"--methods {name} is not one of {', '.join(DESCRIPTIONS)}.")
-    return _ours(name, configs[name], copy.deepcopy(model), job, inputs)
+    return _ours(name, configs[name], _copy(model), job, inputs)
 
 
 def _ours(name: str, config: Config, model: Any, job: Job, inputs: dict[str, Tensor]) -> Method:
@@ -91,11 +91,16 @@ def _diffusers(model: Any, shape: Shape, job: Job, inputs: dict[str, Tensor]) ->
             f"{shape.heads} heads, {shape.text} text and {shape.image} image tokens must all divide by "
             f"{job.world_size} ranks for diffusers"
         )
-    theirs = copy.deepcopy(model).to(job.device)
+    theirs = _copy(model).to(job.device)
     with _one_accelerator():
         theirs.enable_parallelism(config=ContextParallelConfig(ulysses_degree=job.world_size))
     # Its gather cannot take the output apart, hence return_dict=False.
     return Method("diffusers", lambda: theirs(**inputs, return_dict=False)[0])
+
+
+def _copy(model: Any) -> Any:
+    """Modules of its own to patch, over the same weights."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 @contextlib.contextmanager
@@ -130,7 +135,7 @@ def _stretched(x: Tensor, numel: int) -> Tensor:
 def compute_method(model: Any, shape: Shape, job: Job, cluster: str) -> Method:
     """What all ranks compute together when exchanges cost a copy: `ulysses` with nothing sent."""
     config = Config(exchange="flat", schedule="sequential", cluster=cluster)
-    method = _ours("compute", config, copy.deepcopy(model), job, build_inputs(shape, job.device))
+    method = _ours("compute", config, _copy(model), job, build_inputs(shape, job.device))
     engine = method.engine
     assert engine is not None
     engine.flat = LocalExchange(engine.flat, engine.rank, engine.outer_lane)

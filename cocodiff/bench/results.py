@@ -92,10 +92,11 @@ def write(path: Path, text: str) -> None:
 
 
 def save(result: Mapping[str, Any], folder: Path, command: str) -> list[Path]:
-    """JSON, Markdown and PNG, named by date and shape."""
-    today = datetime.date.today().isoformat()
-    ranks = result["environment"]["ranks"]
-    stem = f"{today}-{result['shape']['name']}-{ranks}-ranks"
+    """JSON, Markdown and PNG, named by date, shape, width, ranks and the slowest link's measured rate."""
+    shape, ranks = result["shape"], result["environment"]["ranks"]
+    stem = f"{datetime.date.today().isoformat()}-{shape['name']}-{shape['width']}-{ranks}-ranks"
+    if result["cluster"] is not None and result["cluster"]["goodput_gbs"]:
+        stem += f"-{min(result['cluster']['goodput_gbs'].values()) * 8e3:.0f}mbit"
     number, base = 1, stem
     while (folder / f"{base}.json").exists():
         number, base = number + 1, f"{stem}-{number + 1}"

@@ -46,22 +46,23 @@ class Shape:
     def scaled(self, scale: Fraction | float) -> Shape:
         """As much smaller as `scale` says in tokens x width, both by its root, and in blocks.
 
-        So attention keeps its share of the compute, and the heads their number. Blocks keep their proportion.
+        So attention keeps its share of the compute, and the heads their number. Blocks keep their proportion, and tokens
+        come in multiples of 32, for methods whose shards must be equal.
 
         >>> small = SHAPES["flux-dev"].scaled(1 / 16)
         >>> small.width, small.text, small.image, small.double, small.single
-        (768, 128, 1024, 1, 2)
+        (768, 128, 1024, 2, 4)
         """
         if not 0 < scale <= 1:
             raise ConfigError(f"--scale {scale} is not above 0 and at most 1.")
         root = math.sqrt(scale)
         every = math.gcd(self.double, self.single) or 1
-        times = max(1, round(every * scale))
+        times = max(2, round(every * scale))  # what happens between blocks counts, too
         return replace(
             self,
             head_dim=max(8, round(self.head_dim * root / 8) * 8),
-            text=max(1, round(self.text * root)),
-            image=max(1, round(self.image * root)),
+            text=max(32, round(self.text * root / 32) * 32),
+            image=max(32, round(self.image * root / 32) * 32),
             double=self.double // every * times,
             single=self.single // every * times,
         )

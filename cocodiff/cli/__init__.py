@@ -13,7 +13,12 @@ from cocodiff.cli.report import report_app
 from cocodiff.cli.start import rank_words
 from cocodiff.errors import CocodiffError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Diffusion transformers on many ranks.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Diffusion transformers on many ranks.",
+)
 app.command()(generate)
 app.add_typer(bench_app, name="bench")
 app.add_typer(report_app, name="report")

@@ -81,6 +81,44 @@ def bench(
         print("saved", *results.save(result, save, command))
 
 
+@bench_app.command()
+def collectives(
+    largest: Annotated[int, typer.Option(min=4096, help="Bytes a rank at which to stop.")] = 64 * 2**20,
+    repeat: Annotated[int, typer.Option(min=1, help="Timings of each exchange and size.")] = 5,
+    patience: Annotated[float, typer.Option(help="Seconds of one exchange after which no larger one is tried.")] = 3.0,
+    out: Annotated[Path, typer.Option(help="The cluster with what was measured, for wrap(cluster=...).")] = Path(
+        "cluster.json"
+    ),
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, xpu; the local accelerator if left out.")] = None,
+    cluster: Annotated[
+        str, typer.Option(envvar="EMULATED_CLUSTER", help="Its levels: auto, a preset, a file.")
+    ] = "auto",
+    ranks: Annotated[int | None, typer.Option(min=1, help="Start so many local ranks.")] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Write all timings there.")] = None,
+) -> None:
+    """Time every exchange over message sizes; write latencies and bandwidths as a cluster."""
+    if ranks is not None:
+        raise SystemExit(start_ranks(ranks))
+    from cocodiff.bench import results
+    from cocodiff.bench.collectives import collectives_table, run_collectives
+    from cocodiff.launch.job import start_job
+
+    results.check_folder(out.resolve().parent)
+    job = start_job(device)
+    say = (lambda text: print(text, file=sys.stderr)) if job.is_main else (lambda text: None)
+    with job.watched("cocodiff bench collectives"):
+        result, measured = run_collectives(job, cluster, largest, repeat, patience, say)
+    if not job.is_main:
+        return
+    results.write(out, measured.to_json() + "\n")
+    if json is not None:
+        results.write(json, results.as_json(result))
+    print(collectives_table(result, measured))
+    for level in measured.levels:
+        print(f"level {level.name}: alpha {level.latency_us:.1f} us, beta {level.bandwidth_gbs:.4f} GB/s a rank")
+    print(f"written: {out}; use it with cocodiff.wrap(pipe, cluster={str(out)!r})")
+
+
 def _fraction(text: str) -> Fraction:
     try:
         return Fraction(text)

@@ -2,6 +2,7 @@
 
 from cocodiff.topology.cluster import Cluster, Level
 from cocodiff.topology.detect import load_cluster
+from cocodiff.topology.measured import Measured
 from cocodiff.topology.presets import PRESETS
 
-__all__ = ["PRESETS", "Cluster", "Level", "load_cluster"]
+__all__ = ["PRESETS", "Cluster", "Level", "Measured", "load_cluster"]

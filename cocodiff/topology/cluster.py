@@ -21,6 +21,8 @@ numbered with the innermost level fastest, as launchers number them. The JSON fo
 - `slow` (optional, null): whether this level's link deserves fewer bytes; null lets `Cluster.slow` decide.
 - `flat_efficiency` (optional, 1.0): the measured share, at most 1, of the slowest level's bandwidth that one
   flat all-to-all over several levels reaches.
+- `measured` (optional, null): `{"ranks": 4, "flat": [[bytes, seconds], ...], "staged": [...]}`, what
+  `cocodiff bench collectives` writes; on that many ranks it takes the place of the model.
 
 Every other key is required, and no key beyond these is accepted.
 """
@@ -36,6 +38,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cocodiff.errors import ConfigError
+from cocodiff.topology.measured import Measured
 
 # A link under this share of the bandwidth of the level inside it counts as slow, unless the level says
 # otherwise.
@@ -79,6 +82,7 @@ class Cluster:
     name: str
     levels: tuple[Level, ...]
     flat_efficiency: float = 1.0
+    measured: Measured | None = None
 
     def __post_init__(self) -> None:
         _check_name(self.name, "cluster")
@@ -164,14 +168,23 @@ class Cluster:
             raise
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"this is not JSON for a cluster: {error}") from error
-        fields = _checked_keys(data, {"name", "levels"}, {"flat_efficiency"}, "the cluster")
+        fields = dict(_checked_keys(data, {"name", "levels"}, {"flat_efficiency", "measured"}, "the cluster"))
         if not isinstance(fields["levels"], list):
             raise ConfigError(f"the cluster: levels must be a list, not {fields['levels']!r}")
         levels = []
         for index, item in enumerate(fields["levels"]):
             required = {"name", "size", "bandwidth_gbs", "latency_us"}
             levels.append(Level(**_checked_keys(item, required, {"slow"}, f"levels[{index}]")))
+        if fields.get("measured") is not None:
+            keys = {"ranks", "flat", "staged"}
+            fields["measured"] = Measured(**_checked_keys(fields["measured"], keys, set(), "measured"))
         return cls(**{**fields, "levels": tuple(levels)})
+
+    def seconds(self, exchange: str, bytes_per_rank: float) -> float:
+        """Of one whole exchange, `"flat"` or `"staged"`: measured on this many ranks, or else MODELLED."""
+        if self.measured is not None and self.measured.ranks == self.num_ranks:
+            return self.measured.seconds(exchange, bytes_per_rank)
+        return self.flat_seconds(bytes_per_rank) if exchange == "flat" else self.staged_seconds(bytes_per_rank)
 
     def flat_seconds(self, bytes_per_rank: float) -> float:
         """MODELLED seconds of exchanging `bytes_per_rank`, divided evenly over all ranks, in one all-to-all.

@@ -1,0 +1,174 @@
+"""How long exchanges alone take, by size: ours (flat, staged) and torch.distributed's; and what the links are made of.
+
+Bandwidths are nccl-tests': of an all-to-all in which each rank sends `bytes` in all, its own part included, algorithm
+bandwidth is bytes / seconds and bus bandwidth that times (ranks - 1) / ranks.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cocodiff.bench.methods import synchronize
+from cocodiff.bench.run import environment
+from cocodiff.config import Config
+from cocodiff.engine import Engine
+from cocodiff.errors import ConfigError
+from cocodiff.exchange import Exchange
+from cocodiff.exchange.flat import AllToAll
+from cocodiff.exchange.layout import Traffic
+from cocodiff.launch.agree import gather_json
+from cocodiff.launch.job import Job
+from cocodiff.mesh import Mesh
+from cocodiff.topology import Cluster, Measured, load_cluster
+
+SCHEMA = "cocodiff-collectives/1"
+SIZES = tuple(4096 * 4**power for power in range(8))  # 4 KB to 64 MB
+
+
+def run_collectives(
+    job: Job, cluster: str, largest: int, repeat: int, patience: float, say: Callable[[str], None]
+) -> tuple[dict[str, Any], Cluster]:
+    """Every exchange at every size, in turn within one round. Collective.
+
+    Args:
+        largest: bytes a rank at which to stop.
+        patience: seconds of one exchange beyond which no larger size is tried.
+
+    Returns:
+        the result as JSON values (docs/bench.md has the schema), and the cluster with what was measured in it.
+    """
+    if job.world_size == 1 or job.host_group is None:
+        raise ConfigError("one rank has nothing to exchange: start the bench under a launcher, or with --ranks.")
+    shape, _ = load_cluster(cluster, job.hosts, job.device.type)
+    mesh = Mesh.create(shape, None, job.backend, job.host_group)
+    engine = Engine(Config(cluster=cluster), mesh, job.device)
+    names = [shape.levels[level].name for level in mesh.level_groups]
+    rows: list[dict[str, Any]] = []
+    for size in (size for size in SIZES if size <= largest):
+        runs = {
+            f"level {name}": _level(engine, level, size) for level, name in zip(mesh.level_groups, names, strict=True)
+        }
+        runs |= {"flat": _ours(engine, engine.flat, size), "staged": _ours(engine, engine.staged, size)}
+        runs["torch"] = _theirs(engine, size)
+        taken: dict[str, list[float]] = {name: [] for name in runs}
+        for index in range(repeat + 1):
+            for name, run in runs.items():
+                seconds = _slowest(run, job)
+                if index:  # the first warms up
+                    taken[name].append(seconds)
+        rows += [_row(name, size, seconds, job.world_size) for name, seconds in taken.items()]
+        say(f"{size} bytes a rank")
+        if max(statistics.median(seconds) for seconds in taken.values()) > patience:
+            break
+    measured = _with_measurements(mesh, rows)
+    engine.close()
+    return {"schema": SCHEMA, "environment": environment(job), "rows": rows}, measured
+
+
+def _slowest(run: Callable[[], Any], job: Job) -> float:
+    synchronize(job)
+    began = time.perf_counter()
+    run()
+    if job.device.type != "cpu":
+        torch.get_device_module(job.device).synchronize()
+    assert job.host_group is not None
+    return max(gather_json(time.perf_counter() - began, job.host_group))
+
+
+def _ours(engine: Engine, exchange: Exchange, size: int) -> Callable[[], Any]:
+    ranks = engine.mesh.world_size
+    traffic = Traffic((1,) * ranks, (1,) * ranks, size // 4 // ranks)
+    send = torch.ones(traffic.unit * ranks, device=engine.device)
+    return lambda: exchange.start(send, traffic, "bench").wait()
+
+
+def _theirs(engine: Engine, size: int) -> Callable[[], Any]:
+    ranks = engine.mesh.world_size
+    send = torch.ones(size // 4 // ranks * ranks, device=engine.device)
+    recv = torch.empty_like(send)
+    return lambda: dist.all_to_all_single(recv, send, group=engine.mesh.flat_group)
+
+
+def _level(engine: Engine, level: int, size: int) -> Callable[[], Any]:
+    group = engine.mesh.level_groups[level]
+    splits = [size // 4 // group.size()] * group.size()
+    send = torch.ones(sum(splits), device=engine.device)
+    return lambda: AllToAll(splits, splits, group, tag=2**30 - 1)(send)
+
+
+def _row(name: str, size: int, seconds: Sequence[float], ranks: int) -> dict[str, Any]:
+    median = statistics.median(seconds)
+    algorithm = size / median / 1e9
+    return {
+        "exchange": name,
+        "bytes": size,
+        "seconds": {"median": median, "min": min(seconds), "max": max(seconds)},
+        "algbw_gbs": algorithm,
+        "busbw_gbs": algorithm * (ranks - 1) / ranks,
+    }
+
+
+def _with_measurements(mesh: Mesh, rows: Sequence[dict[str, Any]]) -> Cluster:
+    """The mesh's cluster with each level's alpha and beta, and the exchanges' own times."""
+
+    def points(name: str) -> tuple[tuple[float, float], ...]:
+        return tuple((row["bytes"], row["seconds"]["median"]) for row in rows if row["exchange"] == name)
+
+    levels = list(mesh.cluster.levels)
+    for level in mesh.level_groups:
+        size = mesh.cluster.sizes[level]
+        alpha, beta = fit(points(f"level {levels[level].name}"), size)
+        levels[level] = replace(levels[level], latency_us=alpha * 1e6, bandwidth_gbs=beta / 1e9)
+    measured = Measured(mesh.world_size, points("flat"), points("staged"))
+    return replace(mesh.cluster, levels=tuple(levels), measured=measured)
+
+
+def fit(points: Sequence[tuple[float, float]], size: int) -> tuple[float, float]:
+    """Alpha (seconds a message) and beta (bytes per second of a rank) of an all-to-all among `size` parts.
+
+    Least squares of the relative error of `(size - 1) * (alpha + bytes / size / beta)`.
+
+    >>> alpha, beta = fit([(1000, 3 * (1.0 + 250 / 10)), (100000, 3 * (1.0 + 25000 / 10))], 4)
+    >>> round(alpha, 6), round(beta, 6)
+    (1.0, 10.0)
+    """
+    messages = [(total / size, seconds / (size - 1)) for total, seconds in points]
+    weights = [1 / seconds**2 for _, seconds in messages]
+    sw = sum(weights)
+    sx = sum(w * x for w, (x, _) in zip(weights, messages, strict=True))
+    sy = sum(w * y for w, (_, y) in zip(weights, messages, strict=True))
+    sxx = sum(w * x * x for w, (x, _) in zip(weights, messages, strict=True))
+    sxy = sum(w * x * y for w, (x, y) in zip(weights, messages, strict=True))
+    determinant = sw * sxx - sx * sx
+    slope = (sw * sxy - sx * sy) / determinant if determinant > 0 else 0.0
+    slope = max(slope, 1e-15)
+    return max((sy - slope * sx) / sw, 1e-7), 1 / slope
+
+
+def collectives_table(result: dict[str, Any], cluster: Cluster) -> str:
+    """One row a size: milliseconds and bus bandwidth of each exchange, and what auto takes."""
+    names = list(dict.fromkeys(row["exchange"] for row in result["rows"]))
+    cell = {(row["exchange"], row["bytes"]): row for row in result["rows"]}
+    lines = [
+        "| bytes a rank | "
+        + " | ".join(f"{name}: ms (least, most), busbw GB/s" for name in names)
+        + " | flat / staged | auto |",
+        "|---" * (len(names) + 3) + "|",
+    ]
+    for size in dict.fromkeys(row["bytes"] for row in result["rows"]):
+        cells = []
+        for name in names:
+            row = cell[name, size]
+            low, middle, high = (row["seconds"][key] * 1e3 for key in ("min", "median", "max"))
+            cells.append(f"{middle:.2f} ({low:.2f}, {high:.2f}), {row['busbw_gbs']:.4f}")
+        ratio = cell["flat", size]["seconds"]["median"] / cell["staged", size]["seconds"]["median"]
+        choice = min(("flat", "staged"), key=lambda name: cluster.seconds(name, size))
+        lines.append(f"| {size} | {' | '.join(cells)} | {ratio:.2f} | {choice} |")
+    return "\n".join(lines)
