@@ -34,7 +34,8 @@ class Layer(Protocol):
     """
 
     num_heads: int
-    bytes_per_token: int  # of V, all heads
+    width: int  # heads x head_dim
+    itemsize: int  # bytes of an element of V
 
     def enter(self, piece: int, rows: slice, inputs: Any) -> None:
         """Take the block's input for a piece; the other methods may now be called for it."""
@@ -60,7 +61,7 @@ class Flight:
 
     def __init__(self, engine: Engine, layer: Layer) -> None:
         self.engine, self.layer, self.layout = engine, layer, engine.layout(layer.num_heads)
-        self.exchange, count = engine.plan(self.layout, layer.bytes_per_token)
+        self.exchange, count = engine.plan(self.layout, layer.width, layer.itemsize)
         self.pieces = self.layout.pieces(engine.rank, count)
         self.pending: dict[str, list[Pending]] = {"v": [], "k": []}
         self._joined: dict[str, Tensor] = {}
@@ -142,7 +143,7 @@ def attention(flight: Flight, ahead: Flight | None) -> list[Any]:
 def sequential(engine: Engine, layer: Layer, inputs: Any) -> list[Any]:
     """The textbook order: nothing overlaps, the same elements."""
     rank, layout, span = engine.rank, engine.layout(layer.num_heads), engine.span
-    exchange, _ = engine.plan(layout, layer.bytes_per_token)
+    exchange, _ = engine.plan(layout, layer.width, layer.itemsize)
     layer.enter(0, slice(0, layout.seq_lens[rank]), inputs)
     with span("beside"):
         beside = layer.beside(0)

@@ -134,3 +134,12 @@ def controlnet_pipeline() -> Any:
     pipe = diffusers.FluxControlNetPipeline(**{name: parts[name] for name in names}, controlnet=controlnet)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def in_pieces(ranks: int | None = None) -> Any:
+    """A cluster of one slow level whose messages cost nothing to start: rows are cut, and pieces go ahead."""
+    import os
+
+    import cocodiff
+
+    return cocodiff.Cluster("test", (cocodiff.Level("link", ranks or int(os.environ["WORLD_SIZE"]), 0.001, 1e-6),))

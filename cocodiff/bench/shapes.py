@@ -46,8 +46,8 @@ class Shape:
     def scaled(self, scale: Fraction | float) -> Shape:
         """As much smaller as `scale` says in tokens x width, both by its root, and in blocks.
 
-        So attention keeps its share of the compute, and the heads their number. Blocks keep their proportion, and tokens
-        come in multiples of 32, for methods whose shards must be equal.
+        So attention keeps its share of the compute, and the heads their number. Blocks keep their proportion, and
+        tokens come in multiples of 32, for methods whose shards must be equal.
 
         >>> small = SHAPES["flux-dev"].scaled(1 / 16)
         >>> small.width, small.text, small.image, small.double, small.single

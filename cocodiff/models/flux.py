@@ -70,7 +70,8 @@ class FluxLayer:
     def __init__(self, attn: Any, streams: list[Stream], rotary: Any, text_len: int, itemsize: int) -> None:
         self.attn, self.streams, self.rotary, self.text_len = attn, streams, rotary, text_len
         self.num_heads: int = attn.heads
-        self.bytes_per_token = attn.inner_dim * itemsize
+        self.width: int = attn.inner_dim
+        self.itemsize = itemsize
         self._rows: dict[int, slice] = {}
         self.residual: dict[int, tuple[Tensor, ...]] = {}  # piece -> rows of each stream
         self.normed: dict[int, tuple[Tensor, ...]] = {}

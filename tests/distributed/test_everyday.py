@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.distributed.ranks import run_ranks
-from tests.pipelines import controlnet_pipeline, flux_call, flux_pipeline, relative_error
+from tests.pipelines import controlnet_pipeline, flux_call, flux_pipeline, in_pieces, relative_error
 
 LIMIT = 1e-5
 
@@ -62,8 +62,8 @@ def _with(name):
     reference = alone(**flux_call("text2image")).images
     before = flux_pipeline()
     add(before)
-    cocodiff.wrap(before)
-    after = cocodiff.wrap(flux_pipeline())
+    cocodiff.wrap(before, cluster=in_pieces())
+    after = cocodiff.wrap(flux_pipeline(), cluster=in_pieces())
     add(after)
     errors = [relative_error(pipe(**flux_call("text2image")).images, reference) for pipe in (before, after)]
     return errors, relative_error(plain, reference)
@@ -175,6 +175,7 @@ def test_pipelines_that_share_a_transformer_and_the_class_form():
 
 def _controlled():
     import cocodiff
+    from cocodiff.attention import Flight
 
     pipe, call = controlnet_pipeline(), flux_call("text2image")
     call = {name: value for name, value in call.items() if "negative" not in name and name != "true_cfg_scale"}
@@ -183,13 +184,18 @@ def _controlled():
     uncontrolled = pipe(**{**call, "controlnet_conditioning_scale": 0.0}).images
     pipe = controlnet_pipeline()
     alone = pipe(**{**call, "generator": torch.Generator().manual_seed(1)}).images
-    together = cocodiff.wrap(pipe)(**{**call, "generator": torch.Generator().manual_seed(1)}).images
-    return relative_error(together, alone), relative_error(uncontrolled, alone)
+    cocodiff.wrap(pipe, cluster=in_pieces())
+    dropped, drop = [], Flight.drop
+    Flight.drop = lambda flight: dropped.append(1) or drop(flight)
+    together = pipe(**{**call, "generator": torch.Generator().manual_seed(1)}).images
+    return relative_error(together, alone), relative_error(uncontrolled, alone), len(dropped)
 
 
 def test_controlnet():
-    for error, moved in run_ranks(3, _controlled):
+    """What it adds between blocks makes them drop what went ahead: once in each forward, then nothing goes ahead."""
+    for error, moved, dropped in run_ranks(3, _controlled):
         assert error < LIMIT and moved > 0.01, (error, moved)
+        assert dropped == 3, dropped  # steps
 
 
 def _saved_and_loaded(folder):

@@ -26,7 +26,7 @@ def _engine(sizes, exchange="auto", schedule="v_first"):
 
     if not dist.is_initialized():
         dist.init_process_group("gloo")
-    levels = tuple(Level(f"level {i}", size, 10.0, 1.0) for i, size in enumerate(sizes))
+    levels = tuple(Level(f"level {i}", size, 0.001, 1000.0) for i, size in enumerate(sizes))
     host = dist.new_group(backend="gloo")
     mesh = Mesh.create(Cluster("test", levels), None, "gloo", host)
     return Engine(Config(exchange=exchange, schedule=schedule), mesh, torch.device("cpu"))
@@ -97,7 +97,7 @@ def _plans():
     engine = _engine((2, 2))
     from cocodiff.exchange import Layout
 
-    return [engine.plan(Layout((n,) * 4, (2,) * 4), width) for n, width in itertools.product((4, 4096), (64, 8192))]
+    return [engine.plan(Layout((n,) * 4, (2,) * 4), width, 4) for n, width in itertools.product((4, 4096), (16, 2048))]
 
 
 def _plan_names():
