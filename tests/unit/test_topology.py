@@ -115,7 +115,8 @@ def test_resolved_sizes_multiply_to_the_ranks(cluster, num_ranks):
 @given(clusters(), st.integers(1, 600))
 def test_resolve_shrinks_at_one_level_only(cluster, num_ranks):
     resolved = resolve_or_none(cluster, num_ranks)
-    assume(resolved is not None)
+    if resolved is None:
+        return
     concrete = [(b.size, a.size) for b, a in zip(cluster.levels, resolved.levels, strict=True) if b.size is not None]
     shrunk = [index for index, (before, after) in enumerate(concrete) if after < before]
     if shrunk:

@@ -1,0 +1,122 @@
+"""What each mechanism is worth: all of `exact`, then each switched off alone, in turn within one run.
+
+    scripts/emulated_cluster --nodes 2 --ranks-per-node 2 --link 150mbit -- python benchmarks/ablation.py [repeats]
+
+Prints a Markdown table on rank 0. The switches are here alone: the package has none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cocodiff.attention import Flight
+from cocodiff.bench.methods import compute_method, make_method
+from cocodiff.bench.run import _time
+from cocodiff.bench.shapes import build_transformer, named_shape
+from cocodiff.blocks import Blocks
+from cocodiff.exchange.flat import AllToAll
+from cocodiff.launch.job import start_job
+from cocodiff.models.flux import SingleLayer
+
+
+def k_and_v_together(flight: Flight, piece: int, inputs: Any) -> None:
+    """In place of V first: K and V are both projected before either travels, K ahead."""
+    flight.layer.enter(piece, flight.pieces[piece][0], inputs)
+    key, value = flight.layer.key(piece), flight.layer.value(piece)
+    flight._send("k", piece, key)
+    flight._send("v", piece, value)
+
+
+def mlp_at_the_end(layer: SingleLayer, piece: int, attended: Tensor, beside: None) -> Any:
+    """In place of the MLP under the exchanges: it runs when the output has arrived."""
+    return FINISH(layer, piece, attended, BESIDE(layer, piece))
+
+
+FINISH, BESIDE = SingleLayer.finish, SingleLayer.beside
+
+
+@contextlib.contextmanager
+def replaced(*changes: tuple[Any, str, Any]) -> Iterator[None]:
+    before = [(owner, name, vars(owner).get(name)) for owner, name, _ in changes]
+    for owner, name, value in changes:
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for owner, name, value in before:
+            if value is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)
+
+
+def variants(engine: Any) -> dict[str, Callable[[], Any]]:
+    plan = engine.plan
+    whole = (engine, "plan", lambda *size: (plan(*size)[0], 1))
+    staged = (engine, "plan", lambda *size: (engine.staged, plan(*size)[1]))
+    blocking = (AllToAll, "begin", lambda work, send: None)
+    gloo = (AllToAll, "__call__", gloo_all_to_all)
+    late_mlp = (SingleLayer, "beside", lambda layer, piece: None), (SingleLayer, "finish", mlp_at_the_end)
+    return {
+        "exact": contextlib.nullcontext,
+        "without V first": lambda: replaced((Flight, "enter", k_and_v_together)),
+        "without pieces (nor anything ahead)": lambda: replaced(whole),
+        "without going ahead into the next layer": lambda: replaced((Blocks, "_next", lambda *_: None)),
+        "without the MLP under exchanges": lambda: replaced(*late_mlp),
+        "staged for flat": lambda: replaced(staged),
+        "with gloo's own all-to-all, one at a time": lambda: replaced(blocking, gloo),
+    }
+
+
+def gloo_all_to_all(work: AllToAll, send: Tensor) -> Tensor:
+    recv = work._make_recv(send)
+    dist.all_to_all_single(recv, send, work._recv_splits, work._send_splits, group=work._group)
+    return recv
+
+
+def main() -> None:
+    repeats = int(sys.argv[1]) if len(sys.argv) > 1 else 5
+    job, cluster = start_job(None), os.environ.get("EMULATED_CLUSTER", "auto")
+    shape = named_shape("flux-dev").scaled(1 / 16)
+    model = build_transformer(shape)
+    exact = make_method("exact", model, shape, job, cluster)
+    ulysses = make_method("ulysses", model, shape, job, cluster)
+    compute = compute_method(model, shape, job, cluster)
+    assert exact.engine is not None
+    runs: dict[str, tuple[Any, Callable[[], Any]]] = {name: (exact, v) for name, v in variants(exact.engine).items()}
+    runs |= {"ulysses": (ulysses, contextlib.nullcontext), "compute": (compute, contextlib.nullcontext)}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    outputs: dict[str, Tensor] = {}
+    for index in range(repeats + 1):
+        order = list(runs)[index % len(runs) :] + list(runs)[: index % len(runs)]
+        for name in order:
+            method, variant = runs[name]
+            with variant(), torch.no_grad():
+                taken, output = _time(method, 1, job)
+            if index and output is not None:  # the first warms up
+                seconds[name].append(taken)
+                outputs[name] = output
+    if job.is_main:
+        exact_seconds = statistics.median(seconds["exact"])
+        print("| variant | seconds a step (least, most) | times exact | differs from exact by |\n|---|---|---|---|")
+        for name, taken in seconds.items():
+            away = (outputs[name] - outputs["exact"]).norm() / outputs["exact"].norm()
+            shown = "" if name == "compute" else f"{away.item():.0e}"
+            middle = statistics.median(taken)
+            print(
+                f"| {name} | {middle:.3f} ({min(taken):.3f}, {max(taken):.3f}) "
+                f"| {middle / exact_seconds:.2f} | {shown} |"
+            )
+
+
+if __name__ == "__main__":
+    main()
