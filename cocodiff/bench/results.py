@@ -38,7 +38,7 @@ def table(result: Mapping[str, Any]) -> str:
     base = methods.get("ulysses", {}).get("seconds_per_step", {}).get("median")
     lines = [
         "| method | seconds a step (least, most) | against ulysses | communication share | MB on the slowest link "
-        "(interface) | limit, ratio to it | differs from single by |",
+        "(interface) | limit, ratio to it | relative difference |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, row in methods.items():
@@ -115,7 +115,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         raise ConfigError("plots need matplotlib: pip install 'cocodiff[plot]'") from None
     rows = {name: row for name, row in result["methods"].items() if "error" not in row and name != "single"}
     rows = rows or {name: row for name, row in result["methods"].items() if "error" not in row}
-    figure = Figure(figsize=(7, 0.8 + 0.7 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(8, 1.1 + 0.6 * len(rows)), layout="constrained")
     axes = figure.subplots()
     for place, row in enumerate(rows.values()):
         taken = row["seconds_per_step"]
@@ -125,14 +125,11 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
             axes.plot([row["limit_seconds"]] * 2, [place - 0.38, place + 0.38], color="#b03030", linewidth=2)
     if result["compute_seconds"] is not None:
         axes.axvline(result["compute_seconds"], color="#444444", linestyle=":", linewidth=1)
-        axes.annotate(
-            "compute alone", (result["compute_seconds"], -0.55), fontsize=8, ha="right", va="bottom", rotation=90,
-            xytext=(-2, 0), textcoords="offset points",
-        )  # fmt: skip
     axes.set_yticks(range(len(rows)), list(rows))
     axes.invert_yaxis()
-    axes.set_xlabel("seconds a step: median, least and most; red: the limit of compute and bytes")
-    axes.set_title(result["shape"]["name"], fontsize=10)
+    axes.set_xlabel("seconds a step: median, least, most; dotted: compute alone; red: the limit of compute and bytes")
+    lines = headline(result).split("; ")
+    axes.set_title(f"{lines[0]}\n{'; '.join(lines[1:])}", fontsize=8, loc="left")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from dataclasses import replace
@@ -68,7 +69,7 @@ def bench(
         result = run_bench(chosen, methods.split(","), job, cluster, steps, repeat, say, trace)
     if not job.is_main:
         return
-    command = shlex.join(["cocodiff", *sys.argv[1:]])
+    command = os.environ.get("EMULATED_COMMAND") or shlex.join(["cocodiff", *sys.argv[1:]])
     if str(json) == "-":
         print(results.as_json(result))
         return

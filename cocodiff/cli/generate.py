@@ -31,6 +31,7 @@ def generate(
     exchange: str = "auto",
     schedule: str = "v_first",
     cluster: Annotated[str, typer.Option(help="auto, a preset's name or a JSON file.")] = "auto",
+    trace: Annotated[Path | None, typer.Option(help="Record all lanes into this folder, a file a rank.")] = None,
     compare: Annotated[bool, typer.Option(help="Draw on one rank, too, and say how the pictures differ.")] = False,
 ) -> None:
     """Draw one picture on all ranks."""
@@ -39,6 +40,7 @@ def generate(
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of parts that are not used here, per rank
     from cocodiff.config import Config
     from cocodiff.launch.job import start_job
+    from cocodiff.report import write_trace
     from cocodiff.wrap import attach
 
     config = Config(exchange=exchange, schedule=schedule, cluster=cluster)
@@ -55,7 +57,15 @@ def generate(
         pipe = _load(model, dtype, "inpaint" if mask else "img2img" if image else "text2image")
         alone = _draw(pipe.to(job.device), call, seed) if compare and job.is_main else None
     attach(pipe, config, job)
-    picture = _draw(pipe, call, seed)
+    engine = pipe.cocodiff.engine
+    if trace is None:
+        picture = _draw(pipe, call, seed)
+    elif engine is None:
+        raise ConfigError("--trace: on one rank there are no lanes to record.")
+    else:
+        with engine.recording() as timeline:
+            picture = _draw(pipe, call, seed)
+        write_trace(timeline, trace, job.rank)
     if not pipe.cocodiff.is_main:
         return
     pipe.image_processor.numpy_to_pil(picture)[0].save(out)

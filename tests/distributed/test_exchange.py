@@ -1,5 +1,6 @@
 """Exchanges on real ranks: element for element equal to slicing the whole, flat and staged, with poisoned buffers."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -102,6 +103,25 @@ def _plans():
 
 def _plan_names():
     return [(exchange.name, pieces) for exchange, pieces in _plans()]
+
+
+def _measured_choices():
+    """What auto takes by measured times, and that those of another number of ranks do not count."""
+    from cocodiff.exchange import Layout
+    from cocodiff.topology import Measured
+
+    engine, names = _engine((2, 2)), []
+    for ranks, faster in ((4, "flat"), (4, "staged"), (8, "flat")):
+        times = {"flat": ((1, 2.0),), "staged": ((1, 2.0),)} | {faster: ((1, 1.0),)}
+        cluster = dataclasses.replace(engine.mesh.cluster, measured=Measured(ranks, **times))
+        engine.mesh = dataclasses.replace(engine.mesh, cluster=cluster)
+        names.append(engine.plan(Layout((4,) * 4, (2,) * 4), 16, 4)[0].name)
+    return names
+
+
+def test_auto_believes_what_was_measured():
+    modelled = run_ranks(4, _plan_names)[0][0][0]
+    assert run_ranks(4, _measured_choices) == [["flat", "staged", modelled]] * 4
 
 
 def test_all_ranks_choose_alike_and_large_messages_go_in_pieces():
