@@ -18,6 +18,7 @@ from torch import Tensor
 from cocodiff.bench.links import busiest_links, goodput, inner_ranks, interface_bytes
 from cocodiff.bench.methods import DESCRIPTIONS, Method, compute_method, make_method, synchronize
 from cocodiff.bench.shapes import Shape, build_transformer
+from cocodiff.errors import ConfigError
 from cocodiff.launch.agree import gather_json
 from cocodiff.launch.job import Job
 from cocodiff.report import write_trace
@@ -56,6 +57,8 @@ def run_bench(
     Returns:
         the result as JSON values; docs/bench.md has the schema. Rank 0's is the one to show.
     """
+    if unknown := [name for name in names if name not in DESCRIPTIONS]:
+        raise ConfigError(f"--methods {','.join(unknown)}: there are {', '.join(DESCRIPTIONS)}.")
     model = build_transformer(shape)
     makers: dict[str, Callable[[], Method]] = {
         name: partial(make_method, name, model, shape, job, cluster) for name in names

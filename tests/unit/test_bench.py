@@ -1,6 +1,7 @@
 """The bench without ranks: shapes, links, fits, files."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from cocodiff.bench import results
 from cocodiff.bench.collectives import fit
 from cocodiff.bench.links import busiest_links, interface_bytes
+from cocodiff.bench.run import run_bench
 from cocodiff.bench.shapes import SHAPES, Shape, build_inputs, build_transformer, named_shape
 from cocodiff.errors import ConfigError
 
@@ -43,6 +45,12 @@ def test_scales_that_cannot_be(scale):
 def test_unknown_shapes_name_the_known():
     with pytest.raises(ConfigError, match="flux-dev"):
         named_shape("flux")
+
+
+def test_unknown_methods_name_the_known():
+    job: Any = None  # nothing was started yet
+    with pytest.raises(ConfigError, match="fastest: there are single, diffusers"):
+        run_bench(SHAPES["flux-dev"], ("exact", "fastest"), job, "auto", 1, 1, print)
 
 
 def test_inner_links_carry_what_goes_further():
