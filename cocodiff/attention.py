@@ -10,7 +10,7 @@ attention itself goes by rows, so this rank's rows are cut into pieces, and a pi
 - V needs neither norm nor rotation, so it is projected first and travels while K is made (CoCoDiff, arXiv 2604.14561).
   Attention needs all rows of K and V but only those rows of Q that it works on: so Q is made and travels last.
 - The output returns piece by piece. Whatever follows row by row (output projection, gates, feed-forward) runs on the
-  rows that have arrived, and on to V and K of the *next* layer: between two layers the link never falls silent.
+  rows that have arrived, and on to V and K of the *next* layer, so that the link has work between two layers, too.
 - `beside` is work that attention does not need (FLUX's single blocks have a parallel MLP): half of it runs under the
   exchanges towards attention, half under those back.
 
@@ -95,7 +95,7 @@ class Flight:
                 batch, heads, head_dim = x.shape[0], self.layout.num_heads[rank], x.shape[-1]
                 self._joined[label] = x.new_empty(sum(self.layout.seq_lens), batch, heads, head_dim)
             start = sum(sum(before.seq_lens) for _, before in self.pieces[:piece])
-            place = self._joined[label][start : start + sum(layout.seq_lens)].flatten()
+            place = self._joined[label][start : start + sum(layout.seq_lens)].view(-1)  # never a copy
         self.pending[label].append(to_heads(self.exchange, x, layout, rank, label, place))
 
 

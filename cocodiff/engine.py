@@ -22,7 +22,7 @@ from cocodiff.tokens import Tokens
 MAX_PIECES = 4
 ROWS_PER_PIECE = 128  # where there are fewer than two such pieces, two smaller ones
 LATENCIES_PER_PIECE = 20  # the exchange of a piece takes at least this many times its latency
-# Cutting makes matrix products smaller: MEASURED 8 % of the compute on a CPU, more than it hides unless a layer's
+# Cutting makes matrix products smaller: MEASURED 6 to 9 % of the compute on a CPU, more than it hides unless a layer's
 # exchanges take at least this share of its compute, which is MODELLED from what a rank is assumed to do in a second.
 WORTH_CUTTING = 0.5
 ASSUMED_TFLOPS = {"cpu": 0.03, "cuda": 300.0, "xpu": 100.0}

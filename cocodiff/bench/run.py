@@ -93,16 +93,16 @@ def _warmed_up(make: Callable[[], Method], job: Job) -> Record:
         record.method = make()
         with torch.no_grad():
             _time(record.method, 1, job)
-            before, tally = interface_bytes(), record.method.engine and record.method.engine.tally
-            if tally:
-                tally.sent.clear()
+            engine = record.method.engine
+            if engine is not None:
+                engine.tally.sent.clear()
             synchronize(job)
             before = interface_bytes()
             _, record.output = _time(record.method, 1, job)
             after = interface_bytes()
             record.crossed = None if before is None or after is None else after - before
-            if tally and record.method.engine:
-                record.sent = tally.by_level(len(record.method.engine.mesh.cluster.levels))
+            if engine is not None:
+                record.sent = engine.tally.by_level(len(engine.mesh.cluster.levels))
     except Exception as error:
         record.error = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     errors = _everyone(record.error, job)

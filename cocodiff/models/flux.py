@@ -61,21 +61,30 @@ class Stream:
 
 
 class FluxLayer:
-    """`cocodiff.attention.Layer` of one block.
+    """`cocodiff.attention.Layer` of one block. Text comes first; `text_len` is this rank's."""
 
-    Args:
-        text_len: this rank's text tokens, which come first.
-    """
-
-    def __init__(self, attn: Any, streams: list[Stream], rotary: Any, text_len: int, itemsize: int) -> None:
-        self.attn, self.streams, self.rotary, self.text_len = attn, streams, rotary, text_len
-        self.num_heads: int = attn.heads
-        self.width: int = attn.inner_dim
-        self.itemsize = itemsize
+    def __init__(
+        self,
+        engine: Engine,
+        block: Any,
+        temb: Tensor,
+        image_rotary_emb: Any = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        self.block, self.attn, self.rotary = block, block.attn, image_rotary_emb
+        self.streams = self.make_streams(temb)
+        self.text_len = engine.tokens.streams["text"][engine.rank]
+        self.num_heads: int = block.attn.heads
+        self.width: int = block.attn.inner_dim
+        self.itemsize = temb.itemsize
         self._rows: dict[int, slice] = {}
         self.residual: dict[int, tuple[Tensor, ...]] = {}  # piece -> rows of each stream
         self.normed: dict[int, tuple[Tensor, ...]] = {}
         self._fused: dict[int, list[tuple[Tensor, ...]]] = {}
+
+    def make_streams(self, temb: Tensor) -> list[Stream]:
+        """In joint order."""
+        raise NotImplementedError
 
     def enter(self, piece: int, rows: slice, inputs: tuple[Tensor, ...]) -> None:
         if len(self.streams) == 1:
@@ -123,21 +132,11 @@ class FluxLayer:
 class DoubleLayer(FluxLayer):
     """Text and image with weights of their own (FluxTransformerBlock)."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        block: Any,
-        temb: Tensor,
-        image_rotary_emb: Any = None,
-        joint_attention_kwargs: dict[str, Any] | None = None,
-    ) -> None:
-        text_len = engine.tokens.streams["text"][engine.rank]
-        streams = [
-            Stream.of(block.attn, block.norm1_context, temb, added=True),
-            Stream.of(block.attn, block.norm1, temb, added=False),
+    def make_streams(self, temb: Tensor) -> list[Stream]:
+        return [
+            Stream.of(self.attn, self.block.norm1_context, temb, added=True),
+            Stream.of(self.attn, self.block.norm1, temb, added=False),
         ]
-        super().__init__(block.attn, streams, image_rotary_emb, text_len, temb.itemsize)
-        self.block = block
 
     def beside(self, piece: int) -> None:
         return None
@@ -156,18 +155,8 @@ class DoubleLayer(FluxLayer):
 class SingleLayer(FluxLayer):
     """Text and image as one stream, with an MLP beside attention (FluxSingleTransformerBlock)."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        block: Any,
-        temb: Tensor,
-        image_rotary_emb: Any = None,
-        joint_attention_kwargs: dict[str, Any] | None = None,
-    ) -> None:
-        text_len = engine.tokens.streams["text"][engine.rank]
-        streams = [Stream.of(block.attn, block.norm, temb, added=False)]
-        super().__init__(block.attn, streams, image_rotary_emb, text_len, temb.itemsize)
-        self.block = block
+    def make_streams(self, temb: Tensor) -> list[Stream]:
+        return [Stream.of(self.attn, self.block.norm, temb, added=False)]
 
     def beside(self, piece: int) -> Tensor:
         return self.block.act_mlp(self.block.proj_mlp(self.normed[piece][0]))
