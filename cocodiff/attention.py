@@ -4,15 +4,14 @@ Ulysses (arXiv 2309.14509) computes attention over all tokens for a few heads on
 from "my tokens, all heads" to "all tokens, my heads", and the output back. Exact; the art is in *when*. All work but
 attention itself goes by rows, so this rank's rows are cut into pieces, and a piece goes on as soon as it can:
 
-    compute:  V K 0 | V K 1 | Q 0 | Q 1 | beside | attend 0 | attend 1 | beside | finish 0, V K 0 of the next layer |
-    link:       v ── k ── v ── k ── q 0 ── q 1 ────────────── o 0 ───────── o 1 ────────── v ── k of the next layer
+    compute:  V K 0 | V K 1 | Q | beside | attend 0 | attend 1 | finish 0, V K 0 of the next layer | finish 1, V K 1 ..
+    link:       v ── k ── v ── k ── q 0 ── q 1 ─────── o 0 ─────── o 1 ──────────── v ── k of the next layer ── v ── k
 
 - V needs neither norm nor rotation, so it is projected first and travels while K is made (CoCoDiff, arXiv 2604.14561).
   Attention needs all rows of K and V but only those rows of Q that it works on: so Q is made and travels last.
+- `beside` is work that attention does not need (FLUX's single blocks have a parallel MLP): it runs under Q's exchange.
 - The output returns piece by piece. Whatever follows row by row (output projection, gates, feed-forward) runs on the
   rows that have arrived, and on to V and K of the *next* layer, so that the link has work between two layers, too.
-- `beside` is work that attention does not need (FLUX's single blocks have a parallel MLP): half of it runs under the
-  exchanges towards attention, half under those back.
 
 Legend: B batch, S sequence, H heads, D head_dim, C channels; `_local` sizes belong to this rank.
 """
@@ -44,13 +43,14 @@ class Layer(Protocol):
 
     def key(self, piece: int) -> Tensor: ...
 
-    def query(self, piece: int) -> Tensor: ...
+    def query(self) -> Tensor:
+        """Of all rows, which have entered: what need not be cut is not, since small matrix products are slow ones."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Softmax attention, `(B, S_query, H_local, D)`, on the device's own kernel."""
 
-    def beside(self, piece: int) -> Tensor | None:
-        """Work on a piece that attention does not need, `(B, rows, C)`; None where there is none."""
+    def beside(self) -> Tensor | None:
+        """Work on all rows that attention does not need, `(B, rows, C)`; None where there is none."""
 
     def finish(self, piece: int, attended: Tensor, beside: Tensor | None) -> Any:
         """The rest of the block: the next block's input for this piece. `attended` is `(B, rows, H * D)`."""
@@ -107,16 +107,13 @@ def attention(flight: Flight, ahead: Flight | None) -> list[Any]:
     engine, layer, exchange, pieces = flight.engine, flight.layer, flight.exchange, flight.pieces
     rank, span = engine.rank, engine.span
 
-    query_pending = []
-    for piece, (_, layout) in enumerate(pieces):
-        with span("q"):
-            query = layer.query(piece)
-        query_pending.append(to_heads(exchange, query, layout, rank, "q"))
-    del query  # the lanes keep what they still send
+    with span("q"):
+        query = layer.query()
+    query_pending = [to_heads(exchange, query[:, rows], layout, rank, "q") for rows, layout in pieces]
+    del query  # packed for the lanes
 
-    before = (len(pieces) + 1) // 2
     with span("beside"):
-        beside = [layer.beside(piece) for piece in range(before)]
+        beside = layer.beside()
 
     value, key = flight.joined("v"), flight.joined("k")
     output_pending = []
@@ -126,15 +123,13 @@ def attention(flight: Flight, ahead: Flight | None) -> list[Any]:
         with span("attend"):
             output = layer.attend(query, key, value).to(query.dtype)
         output_pending.append(to_sequence(exchange, output, layout, rank, "o"))
-    with span("beside"):
-        beside += [layer.beside(piece) for piece in range(before, len(pieces))]
 
     finished = []
-    for piece, pending in enumerate(output_pending):
+    for piece, (pending, (rows, _)) in enumerate(zip(output_pending, pieces, strict=True)):
         with span("wait o"):
             attended = pending.wait()
         with span("finish"):
-            finished.append(layer.finish(piece, attended, beside[piece]))
+            finished.append(layer.finish(piece, attended, None if beside is None else beside[:, rows]))
         if ahead is not None:
             ahead.enter(piece, finished[piece])
     return finished
@@ -146,11 +141,11 @@ def sequential(engine: Engine, layer: Layer, inputs: Any) -> list[Any]:
     exchange, _ = engine.plan(layout, layer.width, layer.itemsize)
     layer.enter(0, slice(0, layout.seq_lens[rank]), inputs)
     with span("beside"):
-        beside = layer.beside(0)
+        beside = layer.beside()
     shards = []
-    for label, project in (("q", layer.query), ("k", layer.key), ("v", layer.value)):
+    for label, project in (("q", layer.query), ("k", lambda: layer.key(0)), ("v", lambda: layer.value(0))):
         with span(label):
-            shards.append(project(0))
+            shards.append(project())
     arrived = []
     for label, shard in zip("qkv", shards, strict=True):
         with span(f"wait {label}"):

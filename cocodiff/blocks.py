@@ -43,14 +43,14 @@ class Blocks:
         engine, make_layer = self._engine, self._row[index][1]
         inputs = tuple(arguments.pop(name) for name in self._streams)
         if engine.config.schedule == "sequential":
-            return _joined(sequential(engine, make_layer(**arguments), inputs))
+            return joined(sequential(engine, make_layer(**arguments), inputs))
         flight = self._take(index, [*inputs, *arguments.values()])
         if flight is None:
             flight = Flight(engine, make_layer(**arguments))
             for piece, (rows, _) in enumerate(flight.pieces):
                 flight.enter(piece, _cut(inputs, rows))
         ahead = self._next(index, flight, arguments)
-        outputs = _joined(attention(flight, ahead))
+        outputs = joined(attention(flight, ahead))
         if ahead is not None:
             self._handed = [*outputs, *arguments.values()], ahead
         return outputs
@@ -90,6 +90,6 @@ def _cut(streams: Sequence[Tensor], rows: slice) -> tuple[Tensor, ...]:
     return tuple(parts)
 
 
-def _joined(pieces: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
-    """The streams of all pieces."""
+def joined(pieces: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
+    """Of each stream, the rows of all these pieces."""
     return tuple(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1) for parts in zip(*pieces, strict=True))

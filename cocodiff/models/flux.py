@@ -8,6 +8,7 @@ Legend: B batch, S sequence, H heads, D head_dim, C channels. Rows are this rank
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cocodiff.blocks import Blocks
+from cocodiff.blocks import Blocks, joined
 from cocodiff.engine import Engine
 from cocodiff.errors import PatchError
 from cocodiff.kernels import rotate_pairs
@@ -80,7 +81,7 @@ class FluxLayer:
         self._rows: dict[int, slice] = {}
         self.residual: dict[int, tuple[Tensor, ...]] = {}  # piece -> rows of each stream
         self.normed: dict[int, tuple[Tensor, ...]] = {}
-        self._fused: dict[int, list[tuple[Tensor, ...]]] = {}
+        self._fused: dict[int, list[list[Tensor]]] = {}
 
     def make_streams(self, temb: Tensor) -> list[Stream]:
         """In joint order."""
@@ -93,35 +94,40 @@ class FluxLayer:
         self.normed[piece] = tuple(stream.modulated(x) for stream, x in zip(self.streams, inputs, strict=True))
 
     def value(self, piece: int) -> Tensor:
-        return torch.cat(self._project("v", piece), dim=1)
+        return torch.cat(self._project("v", [piece]), dim=1)
 
     def key(self, piece: int) -> Tensor:
-        parts = zip(self.streams, self._project("k", piece), strict=True)
-        return self._rotated(piece, [stream.norm_key(part) for stream, part in parts])
+        parts = zip(self.streams, self._project("k", [piece]), strict=True)
+        return self._rotated([stream.norm_key(part) for stream, part in parts], self._rows[piece])
 
-    def query(self, piece: int) -> Tensor:
-        parts = zip(self.streams, self._project("q", piece), strict=True)
-        return self._rotated(piece, [stream.norm_query(part) for stream, part in parts])
+    def query(self) -> Tensor:
+        parts = zip(self.streams, self._project("q", list(self.normed)), strict=True)
+        return self._rotated([stream.norm_query(part) for stream, part in parts], slice(None))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         from diffusers.models.attention_dispatch import dispatch_attention_fn
 
         return dispatch_attention_fn(query, key, value, backend=self.attn.processor._attention_backend)
 
-    def _project(self, label: str, piece: int) -> list[Tensor]:
-        """`(B, rows, H, D)` of each stream, by one of the three projections."""
-        both = list(zip(self.streams, self.normed[piece], strict=True))
+    def _project(self, label: str, pieces: Sequence[int]) -> list[Tensor]:
+        """`(B, rows, H, D)` of each stream, the rows of these pieces, by one of the three projections."""
         if "qkv" in self.streams[0].project:
-            if piece not in self._fused:
-                self._fused[piece] = [stream.project["qkv"](x).chunk(3, dim=-1) for stream, x in both]
-            parts = [fused["qkv".index(label)] for fused in self._fused[piece]]
+            parts = list(joined([self._fused_thirds(piece)["qkv".index(label)] for piece in pieces]))
         else:
-            parts = [stream.project[label](x) for stream, x in both]
+            normed = joined([self.normed[piece] for piece in pieces])
+            parts = [stream.project[label](x) for stream, x in zip(self.streams, normed, strict=True)]
         return [part.unflatten(-1, (-1, self.attn.head_dim)) for part in parts]
 
-    def _rotated(self, piece: int, parts: list[Tensor]) -> Tensor:
+    def _fused_thirds(self, piece: int) -> list[list[Tensor]]:
+        """Q, K and V of each stream, made at once by its one matrix."""
+        if piece not in self._fused:
+            both = zip(self.streams, self.normed[piece], strict=True)
+            thirds = [stream.project["qkv"](x).chunk(3, dim=-1) for stream, x in both]
+            self._fused[piece] = [list(third) for third in zip(*thirds, strict=True)]
+        return self._fused[piece]
+
+    def _rotated(self, parts: list[Tensor], rows: slice) -> Tensor:
         joint = torch.cat(parts, dim=1)
-        rows = self._rows[piece]
         return joint if self.rotary is None else rotate_pairs(joint, *(angles[rows] for angles in self.rotary))
 
     def _text_rows(self, piece: int) -> int:
@@ -138,7 +144,7 @@ class DoubleLayer(FluxLayer):
             Stream.of(self.attn, self.block.norm1, temb, added=False),
         ]
 
-    def beside(self, piece: int) -> None:
+    def beside(self) -> None:
         return None
 
     def finish(self, piece: int, attended: Tensor, beside: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -158,8 +164,8 @@ class SingleLayer(FluxLayer):
     def make_streams(self, temb: Tensor) -> list[Stream]:
         return [Stream.of(self.attn, self.block.norm, temb, added=False)]
 
-    def beside(self, piece: int) -> Tensor:
-        return self.block.act_mlp(self.block.proj_mlp(self.normed[piece][0]))
+    def beside(self) -> Tensor:
+        return self.block.act_mlp(self.block.proj_mlp(joined(list(self.normed.values()))[0]))
 
     def finish(self, piece: int, attended: Tensor, beside: Tensor | None) -> tuple[Tensor, Tensor]:
         assert beside is not None

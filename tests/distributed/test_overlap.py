@@ -17,12 +17,12 @@ from tests.pipelines import flux_call, flux_pipeline
 
 PATIENCE_SECONDS = 1.0
 # What lies under what, in two single blocks: (exchange, occurrence) spans (compute, occurrence) .. (the same).
-# In two pieces each the output lies under the 2nd attention and the 2nd half of the MLP, and its last piece under V of
-# the next block, whose first piece is the 3rd.
+# In two pieces, the first output lies under the second attention, and the last under V of the next block, whose first
+# piece is the third V.
 COMMON = {("v", 0): (("k", 0), ("q", 0)), ("q", 0): (("beside", 0), ("beside", 0))}
 SPANS = {
-    "v_first": COMMON | {("o", 0): (("attend", 1), ("beside", 1)), ("o", 1): (("finish", 0), ("v", 2))},
-    "sequential": COMMON | {("o", 0): (("attend", 0), ("beside", 0)), ("o", 1): (("finish", 0), ("v", 1))},
+    "v_first": COMMON | {("o", 0): (("attend", 1), ("attend", 1)), ("o", 1): (("finish", 0), ("v", 2))},
+    "sequential": COMMON | {("o", 0): (("attend", 0), ("finish", 0)), ("o", 1): (("finish", 0), ("v", 1))},
 }
 
 
