@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch.distributed as dist
 from torch import Tensor
 
@@ -71,11 +69,12 @@ class AllToAll:
         rank, size = self._group.rank(), self._group.size()
         incoming, outgoing = recv.split(self._recv_splits), send.split(self._send_splits)
         others = [(rank + distance) % size for distance in range(1, size)]
-        options: dict[str, Any] = {"group": self._group, "tag": self._tag}
-        posted = [dist.irecv(incoming[r], group_src=r, **options) for r in reversed(others) if self._recv_splits[r]]
-        posted += [dist.isend(outgoing[r], group_dst=r, **options) for r in others if self._send_splits[r]]
+        # The group's own methods: dist.isend and irecv around them cost as much again, for every message.
+        group, tag = self._group, self._tag
+        pending = [group.recv([incoming[r]], r, tag) for r in reversed(others) if self._recv_splits[r]]
+        pending += [group.send([outgoing[r]], r, tag) for r in others if self._send_splits[r]]
         incoming[rank].copy_(outgoing[rank])
-        self._pending = [work for work in posted if work is not None]
+        self._pending = pending
 
     def __call__(self, send: Tensor) -> Tensor:
         recv = self._make_recv(send)
