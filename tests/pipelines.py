@@ -142,4 +142,4 @@ def in_pieces(ranks: int | None = None) -> Any:
 
     import cocodiff
 
-    return cocodiff.Cluster("test", (cocodiff.Level("link", ranks or int(os.environ["WORLD_SIZE"]), 0.001, 1e-6),))
+    return cocodiff.Cluster("test", (cocodiff.Level("link", ranks or int(os.environ["WORLD_SIZE"]), 1e-6, 1e-6),))

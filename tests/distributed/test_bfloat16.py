@@ -37,7 +37,7 @@ def _errors(schedule):
         [exact(**_call(seed, torch.float32)).images for seed in range(INPUTS)],
         [pipe(**_call(seed)).images for seed in range(INPUTS)],
     ]
-    level = cocodiff.Level("link", ranks, 0.001, 1e-6)
+    level = cocodiff.Level("link", ranks, 1e-6, 1e-6)
     cocodiff.wrap(pipe, schedule=schedule, cluster=cocodiff.Cluster("test", (level,)))
     ours = _medians(pipe, references)
     cocodiff.unwrap(pipe)

@@ -65,7 +65,7 @@ def _record(schedule):
     """The marks of one forward of a transformer of two single blocks, on this rank."""
     import cocodiff
 
-    level = cocodiff.Level("slow", 2, 0.001, 1e-6)  # slow, but messages cost nothing to start: rows are cut
+    level = cocodiff.Level("slow", 2, 1e-6, 1e-6)  # slow, but messages cost nothing to start: rows are cut
     pipe, cluster = flux_pipeline(double=0, single=2), cocodiff.Cluster("test", (level,))
     cocodiff.wrap(pipe, schedule=schedule, exchange="flat", cluster=cluster)
     engine, gates = pipe.cocodiff.engine, Gates(SPANS[schedule])

@@ -23,8 +23,8 @@ def clusters(ranks):
     from cocodiff import Cluster, Level
 
     for sizes in LEVELS[ranks]:
-        for pieces, latency_us in (("pieces", 1e-6), ("whole", 1e3)):
-            levels = tuple(Level(f"level {i}", size, 0.001, latency_us) for i, size in enumerate(sizes))
+        for pieces, latency_us in (("pieces", 1e-6), ("whole", 1e9)):
+            levels = tuple(Level(f"level {i}", size, 1e-6, latency_us) for i, size in enumerate(sizes))
             yield f"{len(sizes)} levels, {pieces}", Cluster("test", levels)
 
 
@@ -56,11 +56,26 @@ def _errors(ranks, expected):
             variants = [variants[len(errors) % len(variants)], variants[(len(errors) + 5) % len(variants)]]
         for (name, cluster), exchange, schedule in variants:
             pipe = cocodiff.wrap(flux_pipeline(task), exchange=exchange, schedule=schedule, cluster=cluster)
+            counts = _recorded_pieces(pipe.cocodiff.engine)
             call = list(CALLS)[len(errors) % len(CALLS)]
             latents = pipe(**flux_call(task, **CALLS[call])).images
             errors[task, name, schedule, exchange, call] = relative_error(latents, expected[task, call])
+            assert (max(counts) > 1) == name.endswith("pieces"), (name, counts)
             cocodiff.unwrap(pipe)
     return errors
+
+
+def _recorded_pieces(engine):
+    """Into how many pieces each layer will have been cut."""
+    counts, plan = [], engine.plan
+
+    def recording(*size):
+        exchange, count = plan(*size)
+        counts.append(count)
+        return exchange, count
+
+    engine.plan = recording
+    return counts
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 6, 8])
