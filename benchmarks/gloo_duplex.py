@@ -38,8 +38,10 @@ def main() -> None:
                 dist.barrier()
                 rates[name].append(half * megabytes * 8 / (time.perf_counter() - began))
         if rank == 0:
+            if megabytes == 2:
+                print("| a rank sends | way | Mbit/s of a node's link in one direction, sorted |\n|---|---|---|")
             for name, found in rates.items():
-                print(f"{megabytes} MB, {name}: {' '.join(f'{rate:.0f}' for rate in sorted(found))} Mbit/s")
+                print(f"| {megabytes} MB | {name} | {' '.join(f'{rate:.0f}' for rate in sorted(found))} |")
     dist.barrier()
     dist.destroy_process_group()
 
