@@ -12,6 +12,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,12 +21,13 @@ from torch import Tensor
 
 from cocodiff.attention import Flight
 from cocodiff.bench.methods import compute_method, make_method
+from cocodiff.bench.models import build_transformer
 from cocodiff.bench.run import _time
-from cocodiff.bench.shapes import build_transformer, named_shape
+from cocodiff.bench.shapes import named_shape
 from cocodiff.blocks import Blocks
 from cocodiff.exchange.flat import AllToAll
 from cocodiff.launch.job import start_job
-from cocodiff.models.flux import SingleLayer
+from cocodiff.models.joint import ParallelLayer
 
 
 def k_and_v_together(flight: Flight, piece: int, inputs: Any) -> None:
@@ -36,12 +38,13 @@ def k_and_v_together(flight: Flight, piece: int, inputs: Any) -> None:
     flight._send("v", piece, value)
 
 
-def mlp_at_the_end(layer: SingleLayer, piece: int, attended: Tensor, beside: None) -> Any:
-    """In place of the MLP under the exchanges: it runs when the output has arrived."""
-    return FINISH(layer, piece, attended, layer.block.act_mlp(layer.block.proj_mlp(layer.normed[piece][0])))
+def mlp_at_the_end(layer: ParallelLayer, piece: int, attended: Tensor, beside: None) -> Any:
+    """In place of the MLP under the exchanges: it runs when the output has arrived, on the rows of a piece."""
+    rows = SimpleNamespace(normed_all=lambda: layer.normed[piece][0])
+    return FINISH(layer, piece, attended, layer._mlp(rows))
 
 
-FINISH = SingleLayer.finish
+FINISH = ParallelLayer.finish
 
 
 @contextlib.contextmanager
@@ -65,7 +68,7 @@ def variants(engine: Any) -> dict[str, Callable[[], Any]]:
     staged = (engine, "plan", lambda *size: (engine.staged, plan(*size)[1]))
     blocking = (AllToAll, "begin", lambda work, send: None)
     gloo = (AllToAll, "__call__", gloo_all_to_all)
-    late_mlp = (SingleLayer, "beside", lambda layer: None), (SingleLayer, "finish", mlp_at_the_end)
+    late_mlp = (ParallelLayer, "beside", lambda layer: None), (ParallelLayer, "finish", mlp_at_the_end)
     return {
         "exact": contextlib.nullcontext,
         "without V first": lambda: replaced((Flight, "enter", k_and_v_together)),

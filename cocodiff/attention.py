@@ -18,12 +18,14 @@ Legend: B batch, S sequence, H heads, D head_dim, C channels; `_local` sizes bel
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from cocodiff.engine import Engine
-from cocodiff.exchange import Pending, to_heads, to_sequence
+from cocodiff.exchange import Layout, Pending, to_heads, to_sequence
 
 
 class Layer(Protocol):
@@ -47,7 +49,10 @@ class Layer(Protocol):
         """Of all rows, which have entered: what need not be cut is not, since small matrix products are slow ones."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Softmax attention, `(B, S_query, H_local, D)`, on the device's own kernel."""
+        """Softmax attention, `(B, S_query, H_local, D)`, on the device's own kernel.
+
+        Keys and values lie piece by piece, and within a piece rank by rank (`Layout.order`); a mask must follow that.
+        """
 
     def beside(self) -> Tensor | None:
         """Work on all rows that attention does not need, `(B, rows, C)`; None where there is none."""
@@ -137,22 +142,39 @@ def attention(flight: Flight, ahead: Flight | None) -> list[Any]:
 
 def sequential(engine: Engine, layer: Layer, inputs: Any) -> list[Any]:
     """The textbook order: nothing overlaps, the same elements."""
-    rank, layout, span = engine.rank, engine.layout(layer.num_heads), engine.span
-    exchange, _ = engine.plan(layout, layer.width, layer.itemsize)
-    layer.enter(0, slice(0, layout.seq_lens[rank]), inputs)
-    with span("beside"):
+    layout = engine.layout(layer.num_heads)
+    layer.enter(0, slice(0, layout.seq_lens[engine.rank]), inputs)
+    with engine.span("beside"):
         beside = layer.beside()
-    shards = []
-    for label, project in (("q", layer.query), ("k", lambda: layer.key(0)), ("v", lambda: layer.value(0))):
-        with span(label):
-            shards.append(project())
-    arrived = []
-    for label, shard in zip("qkv", shards, strict=True):
-        with span(f"wait {label}"):
-            arrived.append(to_heads(exchange, shard, layout, rank, label).wait())
-    with span("attend"):
-        output = layer.attend(*arrived).to(arrived[0].dtype)
-    with span("wait o"):
-        attended = to_sequence(exchange, output, layout, rank, "o").wait()
-    with span("finish"):
+    attended = attended_whole(engine, layer, layout)
+    with engine.span("finish"):
         return [layer.finish(0, attended, beside)]
+
+
+def attended_whole(engine: Engine, layer: Layer, layout: Layout) -> Tensor:
+    """Attention of a layer that entered in one piece, `(B, S_local, H * D)`: V first, or in the textbook order.
+
+    For attention beside that of a block, too: over `layout`'s tokens, which need not be those of the forward.
+    """
+    rank, span = engine.rank, engine.span
+    exchange, _ = engine.plan(layout, layer.width, layer.itemsize)
+    in_flight = engine.config.schedule != "sequential"
+    projections: dict[str, Callable[[], Tensor]] = {
+        "v": partial(layer.value, 0),
+        "k": partial(layer.key, 0),
+        "q": layer.query,
+    }
+    shards, started, arrived = {}, {}, {}
+    for label in "vkq" if in_flight else "qkv":
+        with span(label):
+            shards[label] = projections[label]()
+        if in_flight:
+            started[label] = to_heads(exchange, shards.pop(label), layout, rank, label)
+    for label in "vkq" if in_flight else "qkv":
+        with span(f"wait {label}"):
+            pending = started.get(label) or to_heads(exchange, shards.pop(label), layout, rank, label)
+            arrived[label] = pending.wait()
+    with span("attend"):
+        output = layer.attend(arrived["q"], arrived["k"], arrived["v"]).to(arrived["q"].dtype)
+    with span("wait o"):
+        return to_sequence(exchange, output, layout, rank, "o").wait()

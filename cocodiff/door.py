@@ -1,7 +1,7 @@
 """The transformer's door: whole tensors outside, this rank's tokens inside.
 
 `Door` stands in place of `transformer.forward`. It checks that every self-attention is still ours, cuts what the family
-names into shards (ragged, nothing padded), runs the model, and gathers the picture's tokens again.
+names into shards (ragged, nothing padded), runs the model, and gathers the picture's tokens after its last projection.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from cocodiff.errors import ConfigError, MismatchError, PatchError
 from cocodiff.launch.agree import agree
 from cocodiff.launch.job import Job
 from cocodiff.models import Family
+from cocodiff.models.family import Cut
 from cocodiff.patches import Patches
 from cocodiff.refuse import carriers, refuse_modifications
 from cocodiff.tokens import Tokens
@@ -75,15 +76,24 @@ class Door:
         else:
             agree(given, self.engine.mesh.host_group, "the transformer's input (called outside its wrapped pipeline)")
         engine, family = self.engine, self._family
-        lengths = {stream: given[family.lengths[stream]].shape[-2] for stream in family.streams}
-        tokens = Tokens.split(lengths, engine.mesh.world_size)
-        for name, stream in family.split.items():
+        counts = family.token_counts(self.transformer, given)
+        tokens = Tokens.split(counts, engine.mesh.world_size)
+        for name, cut in family.cuts.items():
             if given.get(name) is not None:
-                given[name] = _shard(given[name], tokens.rows(stream, engine.rank), lengths[stream], name)
-        with engine.span("forward"), engine.sharded(tokens):
-            output = self._forward(**given)
-            whole = engine.gather(output[0], "image")
-        return (whole, *output[1:]) if isinstance(output, tuple) else type(output)(sample=whole)
+                given[name] = _shard(given[name], tokens.rows(cut.stream, engine.rank), counts[cut.stream], cut, name)
+        with engine.span("forward"), engine.sharded(tokens), self._gathered(list(counts)[-1]):
+            return self._forward(**given)
+
+    @contextmanager
+    def _gathered(self, stream: str) -> Iterator[None]:
+        """While inside, the last projection gives all tokens: what follows it (unpatchify) needs them."""
+        last = self.transformer.proj_out.register_forward_hook(
+            lambda module, args, shard: self.engine.gather(shard, stream)
+        )
+        try:
+            yield
+        finally:
+            last.remove()
 
     @contextmanager
     def in_pipeline(self) -> Iterator[None]:
@@ -113,8 +123,10 @@ class Door:
         """One wrapped pipeline lets go of the transformer; the last one takes the patches with it."""
         if self.users == 1:
             self._patches.undo()
-            self.engine.close()
-            self.job.close()
+            self.engine.users -= 1
+            if self.engine.users == 0:
+                self.engine.close()
+                self.job.close()
         self.users -= 1
 
     def check(self) -> None:
@@ -130,16 +142,18 @@ class Door:
         refuse_modifications(self.transformer, self._carriers)
 
     def _refuse(self, given: dict[str, Any]) -> None:
-        entries = {**given, **(given.get("joint_attention_kwargs") or {})}
+        entries = {**given, **(given.get("joint_attention_kwargs") or {}), **(given.get("attention_kwargs") or {})}
         for name, reason in self._family.refused.items():
             if entries.get(name) is not None:
                 raise ConfigError(f"{name} was given, but {reason}. Leave it out, or run without cocodiff.wrap.")
 
 
-def _shard(value: Tensor | list[Tensor] | tuple[Tensor, ...], rows: slice, length: int, name: str) -> Any:
-    """These rows (dim -2) of a tensor, or of each tensor in a list."""
+def _shard(value: Any, rows: slice, length: int, cut: Cut, name: str) -> Any:
+    """These rows of a tensor, or of each tensor in a list; one without that dim (a timestep for all) stays whole."""
     if not isinstance(value, Tensor):
-        return type(value)(_shard(item, rows, length, name) for item in value)
-    if value.shape[-2] != length:
-        raise ConfigError(f"{name} has {value.shape[-2]} rows, but its stream has {length} tokens.")
-    return value[..., rows, :]
+        return type(value)(_shard(item, rows, length, cut, name) for item in value)
+    if value.ndim < 2:
+        return value
+    if value.shape[cut.dim] != length:
+        raise ConfigError(f"{name} has {value.shape[cut.dim]} rows, but its stream has {length} tokens.")
+    return value.narrow(cut.dim, rows.start, rows.stop - rows.start)

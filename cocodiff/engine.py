@@ -33,12 +33,15 @@ ASSUMED_TFLOPS = {"cpu": 0.03, "cuda": 300.0, "xpu": 100.0}
 class Engine:
     """Config, mesh, lanes and exchanges of one wrapped pipeline on this rank (more than one rank).
 
-    `timeline`, while one is recording, gets every span of compute.
+    Attributes:
+        timeline: while one is recording, it gets every span of compute.
+        users: transformers that run on it; the last closes it.
     """
 
     def __init__(self, config: Config, mesh: Mesh, device: torch.device) -> None:
         self.config, self.mesh, self.device = config, mesh, device
         self.timeline: Timeline | None = None
+        self.users = 0
         levels = mesh.cluster.levels
         active = list(mesh.level_groups)
         self._lanes = {level: make_lane(levels[level].name, device) for level in active}

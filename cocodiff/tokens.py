@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from cocodiff.errors import ConfigError
 from cocodiff.exchange.layout import split_sizes
@@ -49,3 +52,21 @@ class Tokens:
         sizes = self.streams[stream]
         start = sum(sizes[:rank])
         return slice(start, start + sizes[rank])
+
+    def mine(self, rank: int) -> tuple[int, ...]:
+        """This rank's tokens of each stream."""
+        return tuple(sizes[rank] for sizes in self.streams.values())
+
+    def exchanged(self, whole: Tensor, joint_rows: Sequence[tuple[int, slice]]) -> Tensor:
+        """`(B, S)` of all tokens, stream after stream -> those of these joint rows of ranks, in this order.
+
+        >>> tokens = Tokens.split({"text": 2, "image": 4}, 2)
+        >>> tokens.exchanged(torch.tensor([[10, 11, 20, 21, 22, 23]]), [(0, slice(0, 3)), (1, slice(0, 3))]).tolist()
+        [[10, 20, 21, 11, 22, 23]]
+        """
+        parts = whole.split([sum(sizes) for sizes in self.streams.values()], dim=1)
+        joint = [
+            torch.cat([part[:, self.rows(name, rank)] for name, part in zip(self.streams, parts, strict=True)], dim=1)
+            for rank in range(len(self.joint))
+        ]
+        return torch.cat([joint[rank][:, rows] for rank, rows in joint_rows], dim=1)

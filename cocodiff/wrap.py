@@ -2,61 +2,23 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 
+from cocodiff.attachment import Attachment, subclass, weights
 from cocodiff.config import Config
 from cocodiff.door import Door
 from cocodiff.engine import Engine
 from cocodiff.errors import ConfigError, PatchError
-from cocodiff.launch.agree import agree, share_random_state
+from cocodiff.launch.agree import agree
 from cocodiff.launch.job import Job, start_job
 from cocodiff.mesh import Mesh
 from cocodiff.models import Family, family_of
 from cocodiff.patches import Patches
 from cocodiff.refuse import refuse_modifications
 from cocodiff.topology import Cluster, load_cluster
-
-
-@dataclass
-class Attachment:
-    """What `pipe.cocodiff` is: this rank's place in the run, and what was attached to the pipeline.
-
-    Attributes:
-        is_main: true on the one rank that saves and prints.
-        cluster, cluster_reason: the topology in use and where it came from; None on one rank.
-        engine: None on one rank, where nothing but the device was changed.
-    """
-
-    job: Job
-    config: Config
-    pipeline_class: type
-    cluster: Cluster | None = None
-    cluster_reason: str = "one rank"
-    engine: Engine | None = None
-    door: Door | None = None
-
-    @property
-    def rank(self) -> int:
-        return self.job.rank
-
-    @property
-    def world_size(self) -> int:
-        return self.job.world_size
-
-    @property
-    def is_main(self) -> bool:
-        return self.job.is_main
-
-    @property
-    def device(self) -> torch.device:
-        return self.job.device
 
 
 def wrap(
@@ -103,11 +65,12 @@ def unwrap(pipeline: Any) -> Any:
     attachment = vars(pipeline).get("cocodiff")
     if not isinstance(attachment, Attachment):
         raise ConfigError(f"this {type(pipeline).__name__} is not wrapped, so there is nothing to unwrap.")
-    door = attachment.door
-    if door is not None:
+    for door in attachment.doors.values():
         door.release()
         pipeline.__class__ = attachment.pipeline_class
-    if door is None or door.job is not attachment.job:  # the door closes the job whose groups it uses
+    if all(
+        door.job is not attachment.job for door in attachment.doors.values()
+    ):  # doors close the job whose groups they use
         attachment.job.close()
     del pipeline.cocodiff
     return pipeline
@@ -155,7 +118,7 @@ def attach(pipeline: Any, config: Config, job: Job) -> Any:
             attachment = Attachment(job, config, type(pipeline))
             if job.world_size > 1:
                 _install(pipeline, attachment)
-                pipeline.__class__ = _subclass(type(pipeline))
+                pipeline.__class__ = subclass(type(pipeline))
             elif config.ulysses_degree not in (None, 1):
                 raise ConfigError(f"ulysses_degree={config.ulysses_degree} on one rank: start that many ranks.")
             pipeline.cocodiff = attachment
@@ -166,34 +129,55 @@ def attach(pipeline: Any, config: Config, job: Job) -> Any:
 
 
 def _install(pipeline: Any, attachment: Attachment) -> None:
-    transformer, job, config = pipeline.transformer, attachment.job, attachment.config
+    job, config, family = attachment.job, attachment.config, family_of(type(pipeline))
     assert job.host_group is not None
-    refuse_modifications(transformer, [])  # before weights are looked at: quantised ones have no plain values
+    names = [name for name in family.transformers if getattr(pipeline, name, None) is not None]
+    transformers = {name: getattr(pipeline, name) for name in names}
+    for transformer in transformers.values():
+        refuse_modifications(transformer, [])  # before weights are looked at: quantised ones have no plain values
     given: dict[str, Any] = {field.name: repr(getattr(config, field.name)) for field in fields(config)}
     cluster, attachment.cluster_reason = load_cluster(config.cluster, job.hosts, job.device.type)
     given |= {"cluster": cluster.to_json(), "pipeline": type(pipeline).__name__, "device type": job.device.type}
-    given["transformer"] = {name: repr(value) for name, value in transformer.config.items() if name[0] != "_"}
+    for name, transformer in transformers.items():
+        given[name] = {key: repr(value) for key, value in transformer.config.items() if key[0] != "_"}
     modules = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
-    given |= {f"weights of {name}": _weights(part) for name, part in modules.items()}
+    given |= {f"weights of {name}": weights(part) for name, part in modules.items()}
     agree(given, job.host_group, "cocodiff.wrap")
 
-    door = vars(transformer).get("forward")
-    if isinstance(door, Door):  # from_pipe: two pipelines share one transformer
-        if door.engine.config != config:
-            raise ConfigError("another wrapped pipeline shares this transformer, with other settings: unwrap it first.")
-        door.users += 1
-    else:
-        door = _make_door(transformer, family_of(type(pipeline)), config, cluster, job)
-    attachment.door, attachment.engine, attachment.cluster = door, door.engine, door.engine.mesh.cluster
+    doors: dict[str, Door] = {}
+    try:
+        for name, transformer in transformers.items():
+            door = vars(transformer).get("forward")
+            if isinstance(door, Door):  # from_pipe: two pipelines share one transformer
+                if door.engine.config != config:
+                    raise ConfigError(
+                        "another wrapped pipeline shares this transformer, with other settings: unwrap it first."
+                    )
+                door.users += 1
+            else:
+                made = next((door.engine for door in doors.values() if door.job is job), None)
+                door = make_door(transformer, family, config, cluster, job, made)
+            doors[name] = door
+    except BaseException:
+        for door in doors.values():
+            door.release()
+        raise
+    attachment.doors = doors
+    attachment.cluster = doors[names[0]].engine.mesh.cluster
 
 
-def _make_door(transformer: Any, family: Family, config: Config, cluster: Cluster, job: Job) -> Door:
+def make_door(
+    transformer: Any, family: Family, config: Config, cluster: Cluster, job: Job, engine: Engine | None = None
+) -> Door:
+    """In front of one transformer, over the pipeline's engine, if it has one already."""
     parts = [module for module in transformer.modules() if hasattr(module, "processor")]
     if any(type(part.processor).__module__.startswith("cocodiff.") for part in parts):
         raise PatchError("this transformer is wrapped already, but its forward was replaced. unwrap it first.")
     assert job.host_group is not None
-    mesh = Mesh.create(cluster, config.ulysses_degree, job.backend, job.host_group)
-    engine, patches = Engine(config, mesh, job.device), Patches()
+    if engine is None:
+        mesh = Mesh.create(cluster, config.ulysses_degree, job.backend, job.host_group)
+        engine = Engine(config, mesh, job.device)
+    patches = Patches()
     try:
         attentions = family.install(engine, transformer, patches)
         engine.check_heads(min(attn.heads for attn in attentions))  # type: ignore[type-var, arg-type]
@@ -203,64 +187,8 @@ def _make_door(transformer: Any, family: Family, config: Config, cluster: Cluste
         door.check()
     except BaseException:
         patches.undo()
-        engine.close()
+        if engine.users == 0:
+            engine.close()
         raise
+    engine.users += 1
     return door
-
-
-def _weights(module: torch.nn.Module) -> torch.Tensor:
-    """A few values of each parameter: enough to tell other weights, and adapters, from these."""
-    with torch.no_grad():
-        sample = [p.flatten()[:8].to(torch.float32) for p in module.parameters() if not p.is_meta]
-        return torch.cat(sample).cpu() if sample else torch.zeros(0, device="cpu")
-
-
-def _adapters(module: torch.nn.Module) -> list[str]:
-    """Which adapters are active where, and how strongly; their weights are parameters."""
-    tuned = [(name, part) for name, part in module.named_modules() if hasattr(part, "active_adapters")]
-    return [f"{name} {part.active_adapters} {getattr(part, 'scaling', '')}" for name, part in tuned if name]
-
-
-def _subclass(base: type) -> type:
-    """The pipeline's class with a call of ours: diffusers looks `__call__` up on the type, not on the instance."""
-    original: Callable = base.__call__  # type: ignore[operator]
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = dict(signature.bind(self, *args, **kwargs).arguments)
-        given.pop("self")
-        with _running(self, given):
-            return original(self, *args, **kwargs)
-
-    return type(base.__name__, (base,), {"__call__": call, "__module__": base.__module__, "__doc__": base.__doc__})
-
-
-@contextmanager
-def _running(pipeline: Any, given: dict[str, Any]) -> Iterator[None]:
-    """Around one call of a wrapped pipeline: the ranks compare what they were given and share their randomness."""
-    attachment: Attachment = pipeline.cocodiff
-    job, door, group = attachment.job, attachment.door, attachment.job.host_group
-    assert door is not None and group is not None
-    with job.watched(f"a call of {type(pipeline).__name__}", lambda: door.running):
-        if pipeline.transformer is not door.transformer:
-            raise PatchError("pipe.transformer was replaced after cocodiff.wrap: unwrap(pipe) and wrap(pipe) again.")
-        place = torch.device(pipeline._execution_device)
-        if place.type != job.device.type or place.index not in (None, job.device.index):
-            raise PatchError(f"the pipeline is on {place}, but this rank's device is {job.device}: do not move it.")
-        state = {"adapters": _adapters(pipeline.transformer), "weights": _weights(pipeline.transformer)}
-        steps = {"exchanges so far (a call failed on some ranks: unwrap and wrap again)": door.engine.submitted}
-        agree(given | state | steps, group, f"the call of {type(pipeline).__name__}")
-        share_random_state(job.device, group)
-        bars = getattr(pipeline, "_progress_bar_config", None)
-        if not job.is_main:
-            pipeline.set_progress_bar_config(**{**(bars or {}), "disable": True})
-        try:
-            with door.in_pipeline():
-                yield
-        finally:
-            if not job.is_main:
-                if bars is None:
-                    del pipeline._progress_bar_config
-                else:
-                    pipeline._progress_bar_config = bars

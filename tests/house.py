@@ -31,6 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cocodiff.blocks",),
     ("cocodiff.models",),
     ("cocodiff.door",),
+    ("cocodiff.attachment",),
     ("cocodiff.wrap",),
     ("cocodiff",),  # the public names: cocodiff/__init__.py
     ("cocodiff.doctor",),

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cocodiff.bench.shapes import Shape, build_inputs
+from cocodiff.bench.models import build_inputs
+from cocodiff.bench.shapes import Shape
 from cocodiff.config import Config
 from cocodiff.engine import Engine
 from cocodiff.errors import ConfigError
@@ -20,7 +21,9 @@ from cocodiff.exchange import Exchange
 from cocodiff.exchange.layout import Traffic
 from cocodiff.lanes import Lane, Ticket
 from cocodiff.launch.job import Job
-from cocodiff.wrap import attach
+from cocodiff.models import FAMILIES
+from cocodiff.topology import load_cluster
+from cocodiff.wrap import make_door
 
 DESCRIPTIONS = {
     "single": "one rank, unwrapped diffusers",
@@ -65,26 +68,22 @@ def make_method(name: str, model: torch.nn.Module, shape: Shape, job: Job, clust
         "ulysses": Config(exchange="flat", schedule="sequential", cluster=cluster),
         "exact": Config(cluster=cluster),
     }
-    return _ours(name, configs[name], _copy(model), job, inputs)
+    return _ours(name, configs[name], _copy(model), shape, job, inputs)
 
 
-def _ours(name: str, config: Config, model: Any, job: Job, inputs: dict[str, Tensor]) -> Method:
-    import diffusers
-
-    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-    pipe = diffusers.FluxPipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), transformer=model.to(job.device), **parts
-    )
-    attach(pipe, config, replace(job, shared=True))
-    door = pipe.cocodiff.door
-    return Method(name, lambda: pipe.transformer(**inputs).sample, door.engine, around=door.in_pipeline)
+def _ours(name: str, config: Config, model: Any, shape: Shape, job: Job, inputs: dict[str, Any]) -> Method:
+    cluster, _ = load_cluster(config.cluster, job.hosts, job.device.type)
+    family = next(family for family in FAMILIES if family.name == shape.family)
+    door = make_door(model.to(job.device), family, config, cluster, replace(job, shared=True))
+    return Method(name, lambda: model(**inputs).sample, door.engine, around=door.in_pipeline)
 
 
-def _diffusers(model: Any, shape: Shape, job: Job, inputs: dict[str, Tensor]) -> Method:
+def _diffusers(model: Any, shape: Shape, job: Job, inputs: dict[str, Any]) -> Method:
     """As its documentation says, with what it needs besides: see the comments."""
     from diffusers import ContextParallelConfig
 
-    if shape.heads % job.world_size or shape.text % job.world_size or shape.image % job.world_size:
+    text = 0 if shape.family == "wan" else shape.text  # Wan's text is not cut
+    if shape.heads % job.world_size or text % job.world_size or shape.image % job.world_size:
         raise ConfigError(
             f"{shape.heads} heads, {shape.text} text and {shape.image} image tokens must all divide by "
             f"{job.world_size} ranks for diffusers"
@@ -133,7 +132,7 @@ def _stretched(x: Tensor, numel: int) -> Tensor:
 def compute_method(model: Any, shape: Shape, job: Job, cluster: str) -> Method:
     """What all ranks compute together when exchanges cost a copy: `ulysses` with nothing sent."""
     config = Config(exchange="flat", schedule="sequential", cluster=cluster)
-    method = _ours("compute", config, _copy(model), job, build_inputs(shape, job.device))
+    method = _ours("compute", config, _copy(model), shape, job, build_inputs(shape, job.device))
     engine = method.engine
     assert engine is not None
     engine.flat = LocalExchange(engine.flat, engine.rank, engine.outer_lane)

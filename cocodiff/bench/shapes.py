@@ -1,4 +1,4 @@
-"""What is run: model shapes with the proportions of released models, built with random weights."""
+"""What is run: model shapes with the proportions of released models."""
 
 from __future__ import annotations
 
@@ -7,12 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from cocodiff.errors import ConfigError
-
-LATENT_CHANNELS, PROMPT_WIDTH, POOLED_WIDTH = 64, 256, 64
 
 
 @dataclass(frozen=True)
@@ -20,12 +15,15 @@ class Shape:
     """One transformer and its input.
 
     Attributes:
-        double, single: blocks with two streams, and blocks with one stream and a parallel MLP.
-        text, image: tokens; `(1, text + image)` are attended jointly.
+        family: whose blocks: flux, flux2, sd3, qwen, wan.
+        double, single: blocks, and FLUX's blocks of one stream with a parallel MLP.
+        text, image: tokens; attended jointly, but for Wan, which attends to its `image` (video) tokens alone.
+        dual: so many of the first blocks attend to the image a second time (SD3.5 medium).
         note: how it differs from the model whose proportions it has.
     """
 
     name: str
+    family: str
     double: int
     single: int
     heads: int
@@ -33,6 +31,7 @@ class Shape:
     text: int
     image: int
     dtype: str = "float32"
+    dual: int = 0
     note: str = "random weights, narrow prompt embeddings"
 
     @property
@@ -65,18 +64,22 @@ class Shape:
             image=max(32, round(self.image * root / 32) * 32),
             double=self.double // every * times,
             single=self.single // every * times,
+            dual=round(self.dual * times / every),
         )
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self) | {"width": self.width}
 
 
-# Layers, heads and head_dim from the released configurations; 1024 x 1024 pixels.
+# Layers, heads and head_dim from the released configurations; 1024 x 1024 pixels, video 81 frames of 480 x 832.
 SHAPES = {
-    "flux-dev": Shape("flux-dev", 19, 38, 24, 128, 512, 4096),
-    "flux2-dev": Shape(
-        "flux2-dev", 8, 48, 48, 128, 512, 4096, note="FLUX.1 blocks in FLUX.2's proportion; random weights"
-    ),
+    "flux-dev": Shape("flux-dev", "flux", 19, 38, 24, 128, 512, 4096),
+    "flux2-dev": Shape("flux2-dev", "flux2", 8, 48, 48, 128, 512, 4096),
+    "qwen-image": Shape("qwen-image", "qwen", 60, 0, 24, 128, 256, 4096),
+    "sd35-large": Shape("sd35-large", "sd3", 38, 0, 38, 64, 333, 4096),
+    "sd35-medium": Shape("sd35-medium", "sd3", 24, 0, 24, 64, 333, 4096, dual=13),
+    "wan-14b": Shape("wan-14b", "wan", 40, 0, 40, 128, 512, 32760),
+    "wan-1.3b": Shape("wan-1.3b", "wan", 30, 0, 12, 128, 512, 32760),
 }
 
 
@@ -84,41 +87,3 @@ def named_shape(name: str) -> Shape:
     if name not in SHAPES:
         raise ConfigError(f"--shape {name} is not one of {', '.join(SHAPES)}.")
     return SHAPES[name]
-
-
-def build_transformer(shape: Shape) -> nn.Module:
-    """A transformer of this shape; the same weights on every rank."""
-    import diffusers
-
-    pair = shape.head_dim // 2
-    side = 2 * (pair * 7 // 16)  # FLUX gives 1/8 of a head to the first axis, 7/16 to either of the others
-    state = torch.get_rng_state()
-    torch.manual_seed(0)
-    model = diffusers.FluxTransformer2DModel(
-        in_channels=LATENT_CHANNELS,
-        num_layers=shape.double,
-        num_single_layers=shape.single,
-        attention_head_dim=shape.head_dim,
-        num_attention_heads=shape.heads,
-        joint_attention_dim=PROMPT_WIDTH,
-        pooled_projection_dim=POOLED_WIDTH,
-        axes_dims_rope=(shape.head_dim - 2 * side, side, side),
-    )
-    torch.set_rng_state(state)
-    return model.to(getattr(torch, shape.dtype)).eval()
-
-
-def build_inputs(shape: Shape, device: torch.device) -> dict[str, Tensor]:
-    """One step's input; the same on every rank."""
-    generator, dtype = torch.Generator().manual_seed(1), getattr(torch, shape.dtype)
-    side = math.ceil(math.sqrt(shape.image))
-    places = torch.arange(shape.image)
-    inputs = {
-        "hidden_states": torch.randn(1, shape.image, LATENT_CHANNELS, generator=generator).to(dtype),
-        "encoder_hidden_states": torch.randn(1, shape.text, PROMPT_WIDTH, generator=generator).to(dtype),
-        "pooled_projections": torch.randn(1, POOLED_WIDTH, generator=generator).to(dtype),
-        "timestep": torch.tensor([0.5]).to(dtype),
-        "img_ids": torch.stack([0 * places, places // side, places % side], dim=1).to(dtype),
-        "txt_ids": torch.zeros(shape.text, 3).to(dtype),
-    }
-    return {name: value.to(device) for name, value in inputs.items()}

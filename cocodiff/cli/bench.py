@@ -21,7 +21,10 @@ bench_app = typer.Typer(help="Seconds, bytes and limits of several methods, in t
 @bench_app.callback(invoke_without_command=True)
 def bench(
     context: typer.Context,
-    shape: Annotated[str, typer.Option(help="flux-dev or flux2-dev: proportions of a released model.")] = "flux-dev",
+    shape: Annotated[
+        str,
+        typer.Option(help="Proportions of a released model: flux-dev, flux2-dev, qwen-image, sd35-large, wan-14b .."),
+    ] = "flux-dev",
     scale: Annotated[str, typer.Option(help="Of tokens x width, and of the number of blocks.")] = "1/16",
     methods: Annotated[str, typer.Option(help="With commas.")] = "single,diffusers,ulysses,exact",
     steps: Annotated[int, typer.Option(min=1, help="Forwards in each timing.")] = 1,
@@ -30,7 +33,7 @@ def bench(
     text: Annotated[int | None, typer.Option(min=1, help="Text tokens.")] = None,
     width: Annotated[int | None, typer.Option(min=8, help="Of the model: heads x head_dim.")] = None,
     heads: Annotated[int | None, typer.Option(min=1)] = None,
-    layers: Annotated[str | None, typer.Option(help="Double and single blocks: 2,4")] = None,
+    layers: Annotated[str | None, typer.Option(help="Blocks; with FLUX double and single ones: 2,4")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 (default), bfloat16 or float16.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, xpu; the local accelerator if left out.")] = None,
     cluster: Annotated[
@@ -128,7 +131,7 @@ def _fraction(text: str) -> Fraction:
 
 
 def _layers(text: str) -> tuple[int, int]:
-    parts = text.split(",")
-    if len(parts) != 2 or not all(part.isdecimal() for part in parts) or text == "0,0":
-        raise ConfigError(f"--layers {text}: write the numbers of double and single blocks: 2,4.")
+    parts = text.split(",") if "," in text else [text, "0"]
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts) or not sum(map(int, parts)):
+        raise ConfigError(f"--layers {text}: write the numbers of double and single blocks: 2,4; or one number.")
     return int(parts[0]), int(parts[1])

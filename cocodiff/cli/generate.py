@@ -1,7 +1,8 @@
-"""`cocodiff generate`: one picture on all ranks."""
+"""`cocodiff generate`: one picture or clip on all ranks."""
 
 from __future__ import annotations
 
+import inspect
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,15 +15,20 @@ from cocodiff.errors import ConfigError
 
 def generate(
     prompt: Annotated[str, typer.Option(help="What to draw.")],
-    model: Annotated[str, typer.Option(help="'tiny', a folder of a diffusers pipeline, or a hub id.")] = "tiny",
+    model: Annotated[
+        str, typer.Option(help="'tiny', 'tiny:sd3' (or another family), a folder of a diffusers pipeline, or a hub id.")
+    ] = "tiny",
     height: Annotated[int | None, typer.Option(help="Pixels; the model's own size if left out.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; the model's own size if left out.")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Of a clip; the model's own number if left out.")] = None,
     steps: Annotated[int, typer.Option(min=1)] = 28,
     seed: int = 0,
     guidance: Annotated[float | None, typer.Option(help="guidance_scale of the pipeline's call.")] = None,
     image: Annotated[Path | None, typer.Option(help="Start from this picture (image to image, inpainting).")] = None,
     mask: Annotated[Path | None, typer.Option(help="White where to paint (inpainting).")] = None,
-    out: Annotated[Path, typer.Option(help="Where rank 0 saves the picture.")] = Path("out.png"),
+    out: Annotated[
+        Path, typer.Option(help="Where rank 0 saves it: .png and the like; .mp4 or .gif for a clip, or a folder.")
+    ] = Path("out.png"),
     ranks: Annotated[
         int | None, typer.Option(min=1, help="Start so many local ranks; else join the launcher's.")
     ] = None,
@@ -34,10 +40,11 @@ def generate(
     trace: Annotated[Path | None, typer.Option(help="Record all lanes into this folder, a file a rank.")] = None,
     compare: Annotated[bool, typer.Option(help="Draw on one rank, too, and say how the pictures differ.")] = False,
 ) -> None:
-    """Draw one picture on all ranks."""
+    """Draw one picture or clip on all ranks."""
     if ranks is not None:
         raise SystemExit(start_ranks(ranks))
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of parts that are not used here, per rank
+    from cocodiff.cli import files
     from cocodiff.config import Config
     from cocodiff.launch.job import start_job
     from cocodiff.report import write_trace
@@ -47,14 +54,17 @@ def generate(
     call: dict[str, Any] = dict(prompt=prompt, height=height, width=width, num_inference_steps=steps, output_type="np")
     if guidance is not None:
         call["guidance_scale"] = guidance
+    if frames is not None:
+        call["num_frames"] = frames
     for name, path in (("image", image), ("mask_image", mask)):
         if path is not None:
-            call[name] = _open_image(path)
-    if not out.parent.is_dir():
-        raise ConfigError(f"--out {out}: there is no folder {out.parent}.")
+            call[name] = files.open_image(path)
+    files.check(out)
     job = start_job(device)  # before loading: a rank that cannot load is then noticed by the others
     with job.watched("loading"):
         pipe = _load(model, dtype, "inpaint" if mask else "img2img" if image else "text2image")
+        if frames is not None and "num_frames" not in inspect.signature(pipe.__call__).parameters:
+            raise ConfigError(f"--frames: {type(pipe).__name__} draws pictures, no clips.")
         alone = _draw(pipe.to(job.device), call, seed) if compare and job.is_main else None
     attach(pipe, config, job)
     engine = pipe.cocodiff.engine
@@ -68,20 +78,12 @@ def generate(
         write_trace(timeline, trace, job.rank)
     if not pipe.cocodiff.is_main:
         return
-    pipe.image_processor.numpy_to_pil(picture)[0].save(out)
-    print(f"{out}: {prompt!r} drawn by {pipe.cocodiff.world_size} rank(s) on {pipe.cocodiff.device.type}")
+    saved = files.save(picture[0], out)
+    print(f"{saved}: {prompt!r} drawn by {pipe.cocodiff.world_size} rank(s) on {pipe.cocodiff.device.type}")
     if alone is not None:
         worst = float(abs(picture - alone).max())
         relative = float(((picture - alone) ** 2).sum() ** 0.5 / (alone**2).sum() ** 0.5)
         print(f"against one rank: largest difference of a pixel {worst:.1e} (of 1.0), relative error {relative:.1e}")
-
-
-def _open_image(path: Path) -> Any:
-    from PIL import Image
-
-    if not path.is_file():
-        raise ConfigError(f"there is no picture {path}.")
-    return Image.open(path).convert("RGB")
 
 
 def _load(model: str, dtype: str, task: str) -> Any:
@@ -90,10 +92,16 @@ def _load(model: str, dtype: str, task: str) -> Any:
 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ConfigError(f"--dtype {dtype} is not one of float32, bfloat16, float16.")
-    if model == "tiny":
+    if model.split(":")[0] == "tiny":
         from cocodiff.tiny import tiny_pipeline
 
-        return tiny_pipeline(task=task)
+        family = model.removeprefix("tiny").removeprefix(":") or "flux"
+        if family == "wan":
+            task = {"text2image": "text2video", "img2img": "image2video"}.get(task, task)
+        try:
+            return tiny_pipeline(family, task)
+        except ValueError as error:
+            raise ConfigError(f"--model {model}: {error}") from None
     if not Path(model).exists() and (model.count("/") != 1 or model[0] in "./~"):
         raise ConfigError(f"--model {model}: there is no such folder, and it is not a hub id (owner/name) either.")
     import diffusers
@@ -105,7 +113,8 @@ def _load(model: str, dtype: str, task: str) -> Any:
 
 
 def _draw(pipe: Any, call: dict[str, Any], seed: int) -> Any:
-    """Pixels (H, W, 3) in [0, 1] as a batch of one, from noise that depends on the seed alone."""
+    """Pixels (1, H, W, 3) in [0, 1], or (1, frames, H, W, 3), from noise that depends on the seed alone."""
     import torch
 
-    return pipe(**call, generator=torch.Generator().manual_seed(seed)).images
+    result = pipe(**call, generator=torch.Generator().manual_seed(seed))
+    return result.frames if hasattr(result, "frames") else result.images

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
 
 def split_sizes(total: int, parts: int, *, larger_last: bool = False) -> tuple[int, ...]:
@@ -45,6 +46,15 @@ class Layout:
             pieces.append((slice(start, start + lengths[rank]), Layout(lengths, self.num_heads)))
             start += lengths[rank]
         return pieces
+
+    def order(self, count: int) -> list[tuple[int, slice]]:
+        """How all tokens lie after an exchange in so many pieces: whose rows, and which of theirs.
+
+        >>> Layout((1, 3), (1, 1)).order(2)
+        [(0, slice(0, 1, None)), (1, slice(0, 2, None)), (0, slice(1, 1, None)), (1, slice(2, 3, None))]
+        """
+        cuts = [list(accumulate(split_sizes(length, count), initial=0)) for length in self.seq_lens]
+        return [(rank, slice(*cut[piece : piece + 2])) for piece in range(count) for rank, cut in enumerate(cuts)]
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,14 @@ from __future__ import annotations
 from cocodiff.errors import ConfigError
 from cocodiff.models.family import Family
 from cocodiff.models.flux import FLUX
+from cocodiff.models.flux2 import FLUX2
+from cocodiff.models.qwen import QWEN
+from cocodiff.models.sd3 import SD3
+from cocodiff.models.wan import WAN
 
 __all__ = ["FAMILIES", "Family", "family_of"]
 
-FAMILIES = (FLUX,)
+FAMILIES = (FLUX, FLUX2, SD3, QWEN, WAN)
 
 
 def family_of(pipeline_class: type) -> Family:

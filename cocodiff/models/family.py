@@ -13,22 +13,32 @@ from cocodiff.patches import Patches
 
 
 @dataclass(frozen=True)
+class Cut:
+    """Where an argument is cut: the stream whose tokens it has in this dim."""
+
+    stream: str
+    dim: int = -2
+
+
+@dataclass(frozen=True)
 class Family:
     """One family of models.
 
     Attributes:
         pipelines: diffusers pipeline classes that it covers.
-        streams: the joint order of a rank's tokens.
-        lengths: stream -> the argument of the transformer's forward that has its length in dim -2.
-        split: argument of forward -> stream; tensors, or lists of them, cut along dim -2.
-        refused: argument of forward, or entry of its attention kwargs -> why it cannot work yet.
+        token_counts: of the transformer and its forward's arguments: tokens of each stream, in joint order. The last
+            stream is the one that the transformer gives back.
+        cuts: arguments of forward that are cut at the door; tensors, or lists of them. (Others are whole, and what
+            enters the first block is cut there, see `Blocks`.)
         install: puts our processors and block forwards into one transformer; gives the attention modules they serve.
+        refused: argument of forward, or entry of its attention kwargs -> why it cannot work yet.
+        transformers: the components of a pipeline that run on shards; those a pipeline has not are left out.
     """
 
     name: str
     pipelines: tuple[str, ...]
-    streams: tuple[str, ...]
-    lengths: Mapping[str, str]
-    split: Mapping[str, str]
+    token_counts: Callable[[Any, dict[str, Any]], dict[str, int]]
+    cuts: Mapping[str, Cut]
     install: Callable[[Engine, Any, Patches], list[nn.Module]]
     refused: Mapping[str, str] = field(default_factory=dict)
+    transformers: tuple[str, ...] = ("transformer",)

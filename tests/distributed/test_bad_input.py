@@ -169,7 +169,7 @@ def _out_of_step():
         return kwargs
 
     def call_again():
-        with busy.cocodiff.door.in_pipeline():
+        with busy.cocodiff.doors["transformer"].in_pipeline():
             pass
 
     busy(**flux_call("text2image"), callback_on_step_end=nested)
@@ -183,7 +183,7 @@ def _out_of_memory(*_):
 
 def test_ranks_out_of_step_one_sided_adapters_and_two_calls_at_once():
     everyone = run_ranks(2, _out_of_step)
-    words = {"out of step": "unwrap and wrap again", "lora": "weights: ", "two at once": "one at a time"}
+    words = {"out of step": "unwrap and wrap again", "lora": "weights of transformer: ", "two at once": "one at a time"}
     for said in everyone:
         for name, text in words.items():
             assert text in said[name], said

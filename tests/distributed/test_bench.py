@@ -30,7 +30,7 @@ def _bench(shape, names, cluster, trace=None):
 
 
 def test_methods_agree_and_bytes_are_those_of_theory(tmp_path):
-    shape = ("small", 1, 2, 4, 16, 32, 64)
+    shape = ("small", "flux", 1, 2, 4, 16, 32, 64)
     results = dict(run_ranks(4, _bench, shape, METHODS, "auto", str(tmp_path / "trace")))
     methods = results[0]["methods"]
     assert all(row["relative_error"] < 1e-5 for row in methods.values())
@@ -47,14 +47,14 @@ def test_methods_agree_and_bytes_are_those_of_theory(tmp_path):
 
 
 def test_a_method_that_cannot_run_says_why_and_the_others_go_on():
-    for _, result in run_ranks(3, _bench, ("odd", 1, 1, 4, 8, 5, 11), METHODS, "auto"):
+    for _, result in run_ranks(3, _bench, ("odd", "flux", 1, 1, 4, 8, 5, 11), METHODS, "auto"):
         rows = result["methods"]
         assert "must all divide by 3 ranks" in rows["diffusers"]["error"]
         assert rows["exact"]["relative_error"] < 1e-5 and rows["ulysses"]["relative_error"] < 1e-5
 
 
 def test_on_one_rank_there_is_nothing_to_exchange():
-    ((_, result),) = run_ranks(1, _bench, ("one", 1, 1, 2, 8, 4, 8), METHODS, "auto")
+    ((_, result),) = run_ranks(1, _bench, ("one", "flux", 1, 1, 2, 8, 4, 8), METHODS, "auto")
     assert result["cluster"] is None and "seconds_per_step" in result["methods"]["single"]
     assert all("one rank" in result["methods"][name]["error"] for name in METHODS[1:])
 

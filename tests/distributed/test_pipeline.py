@@ -6,26 +6,14 @@ import pytest
 import torch
 
 from tests.distributed.ranks import run_ranks
-from tests.pipelines import TASKS, flux_call, flux_pipeline, relative_error
+from tests.pipelines import TASKS, clusters, flux_call, flux_pipeline, recorded_pieces, relative_error
 
 LIMIT = 1e-5  # relative latent error in float32, after a whole run
-# ranks -> level sizes; the last has three levels where the number allows
-LEVELS = {2: [(2,)], 3: [(3,)], 4: [(2, 2)], 6: [(2, 3), (3, 2)], 8: [(4, 2), (2, 2, 2)]}
 CALLS = {  # odd sizes and prompts; a batch; fewer text tokens than ranks
     "odd": dict(height=36, width=28, text_len=7),
     "batch": dict(height=28, width=44, text_len=13, batch=2),
     "short": dict(height=20, width=28, text_len=1),
 }
-
-
-def clusters(ranks):
-    """By name: one flat level, and for every staging one cluster that cuts outputs in pieces and one that does not."""
-    from cocodiff import Cluster, Level
-
-    for sizes in LEVELS[ranks]:
-        for pieces, latency_us in (("pieces", 1e-6), ("whole", 1e9)):
-            levels = tuple(Level(f"level {i}", size, 1e-6, latency_us) for i, size in enumerate(sizes))
-            yield f"{len(sizes)} levels, {pieces}", Cluster("test", levels)
 
 
 def references():
@@ -56,26 +44,13 @@ def _errors(ranks, expected):
             variants = [variants[len(errors) % len(variants)], variants[(len(errors) + 5) % len(variants)]]
         for (name, cluster), exchange, schedule in variants:
             pipe = cocodiff.wrap(flux_pipeline(task), exchange=exchange, schedule=schedule, cluster=cluster)
-            counts = _recorded_pieces(pipe.cocodiff.engine)
+            counts = recorded_pieces(pipe.cocodiff.engine)
             call = list(CALLS)[len(errors) % len(CALLS)]
             latents = pipe(**flux_call(task, **CALLS[call])).images
             errors[task, name, schedule, exchange, call] = relative_error(latents, expected[task, call])
             assert (max(counts) > 1) == name.endswith("pieces"), (name, counts)
             cocodiff.unwrap(pipe)
     return errors
-
-
-def _recorded_pieces(engine):
-    """Into how many pieces each layer will have been cut."""
-    counts, plan = [], engine.plan
-
-    def recording(*size):
-        exchange, count = plan(*size)
-        counts.append(count)
-        return exchange, count
-
-    engine.plan = recording
-    return counts
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 6, 8])
@@ -168,7 +143,7 @@ def test_on_one_rank_wrap_changes_nothing(expected):
 def _broken(what, expected):
     """The error of a pipeline in which one thing is wrong on purpose."""
     import cocodiff
-    from cocodiff.models import flux
+    from cocodiff.models import joint
 
     pipe = cocodiff.wrap(flux_pipeline(), exchange="flat")
     engine, call = pipe.cocodiff.engine, CALLS["odd"]
@@ -183,8 +158,8 @@ def _broken(what, expected):
 
         engine.flat.start = start
     if what == "one rank's rotation is off by a token" and engine.rank == 1:
-        rotate = flux.rotate_pairs
-        flux.rotate_pairs = lambda x, cos, sin: rotate(x, cos.roll(1, 0), sin.roll(1, 0))
+        rotate = joint.rotate_pairs
+        joint.rotate_pairs = lambda x, cos, sin: rotate(x, cos.roll(1, 0), sin.roll(1, 0))
     if what == "the gather swaps two shards":
         gather = engine.gather
         engine.gather = lambda x, stream: gather(x, stream).flip(1)

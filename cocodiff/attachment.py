@@ -1,0 +1,123 @@
+"""What is attached to a wrapped pipeline, and what happens around each of its calls."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from cocodiff.config import Config
+from cocodiff.door import Door
+from cocodiff.engine import Engine
+from cocodiff.errors import PatchError
+from cocodiff.launch.agree import agree, share_random_state
+from cocodiff.launch.job import Job
+from cocodiff.topology import Cluster
+
+
+@dataclass
+class Attachment:
+    """What `pipe.cocodiff` is: this rank's place in the run, and what was attached to the pipeline.
+
+    Attributes:
+        is_main: true on the one rank that saves and prints.
+        cluster, cluster_reason: the topology in use and where it came from; None on one rank.
+        doors: by name, the transformers that run on shards; none on one rank, where nothing but the device was changed.
+    """
+
+    job: Job
+    config: Config
+    pipeline_class: type
+    cluster: Cluster | None = None
+    cluster_reason: str = "one rank"
+    doors: dict[str, Door] = field(default_factory=dict)
+
+    @property
+    def engine(self) -> Engine | None:
+        """Mesh, lanes and exchanges; None on one rank."""
+        return next((door.engine for door in self.doors.values()), None)
+
+    @property
+    def rank(self) -> int:
+        return self.job.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.job.world_size
+
+    @property
+    def is_main(self) -> bool:
+        return self.job.is_main
+
+    @property
+    def device(self) -> torch.device:
+        return self.job.device
+
+
+def weights(module: torch.nn.Module) -> torch.Tensor:
+    """A few values of each parameter: enough to tell other weights, and adapters, from these."""
+    with torch.no_grad():
+        sample = [p.flatten()[:8].to(torch.float32) for p in module.parameters() if not p.is_meta]
+        return torch.cat(sample).cpu() if sample else torch.zeros(0, device="cpu")
+
+
+def _adapters(module: torch.nn.Module) -> list[str]:
+    """Which adapters are active where, and how strongly; their weights are parameters."""
+    tuned = [(name, part) for name, part in module.named_modules() if hasattr(part, "active_adapters")]
+    return [f"{name} {part.active_adapters} {getattr(part, 'scaling', '')}" for name, part in tuned if name]
+
+
+def subclass(base: type) -> type:
+    """The pipeline's class with a call of ours: diffusers looks `__call__` up on the type, not on the instance."""
+    original: Callable = base.__call__  # type: ignore[operator]
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = dict(signature.bind(self, *args, **kwargs).arguments)
+        given.pop("self")
+        with _running(self, given):
+            return original(self, *args, **kwargs)
+
+    return type(base.__name__, (base,), {"__call__": call, "__module__": base.__module__, "__doc__": base.__doc__})
+
+
+@contextmanager
+def _running(pipeline: Any, given: dict[str, Any]) -> Iterator[None]:
+    """Around one call of a wrapped pipeline: the ranks compare what they were given and share their randomness."""
+    attachment: Attachment = pipeline.cocodiff
+    job, doors, group = attachment.job, attachment.doors, attachment.job.host_group
+    assert group is not None
+    with job.watched(f"a call of {type(pipeline).__name__}", lambda: any(door.running for door in doors.values())):
+        state: dict[str, Any] = {}
+        for name, door in doors.items():
+            if getattr(pipeline, name) is not door.transformer:
+                raise PatchError(f"pipe.{name} was replaced after cocodiff.wrap: unwrap(pipe) and wrap(pipe) again.")
+            state[f"adapters of {name}"] = _adapters(door.transformer)
+            state[f"weights of {name}"] = weights(door.transformer)
+        place = torch.device(pipeline._execution_device)
+        if place.type != job.device.type or place.index not in (None, job.device.index):
+            raise PatchError(f"the pipeline is on {place}, but this rank's device is {job.device}: do not move it.")
+        submitted = [door.engine.submitted for door in doors.values()]
+        steps = {"exchanges so far (a call failed on some ranks: unwrap and wrap again)": submitted}
+        agree(given | state | steps, group, f"the call of {type(pipeline).__name__}")
+        share_random_state(job.device, group)
+        bars = getattr(pipeline, "_progress_bar_config", None)
+        if not job.is_main:
+            pipeline.set_progress_bar_config(**{**(bars or {}), "disable": True})
+        try:
+            with ExitStack() as stack:
+                for door in doors.values():
+                    stack.enter_context(door.in_pipeline())
+                yield
+        finally:
+            if not job.is_main:
+                if bars is None:
+                    del pipeline._progress_bar_config
+                else:
+                    pipeline._progress_bar_config = bars
