@@ -68,10 +68,8 @@ def unwrap(pipeline: Any) -> Any:
     for door in attachment.doors.values():
         door.release()
         pipeline.__class__ = attachment.pipeline_class
-    if all(
-        door.job is not attachment.job for door in attachment.doors.values()
-    ):  # doors close the job whose groups they use
-        attachment.job.close()
+    if all(door.job is not attachment.job for door in attachment.doors.values()):
+        attachment.job.close()  # otherwise its last door closes it, whose engine uses its groups
     del pipeline.cocodiff
     return pipeline
 

@@ -94,6 +94,10 @@ class Guard:
             self._depth = 0
             self._leave(what, failure)
 
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
     def close(self) -> None:
         """Stop the thread. Idempotent; a closed guard watches nothing. Runs by itself at exit.
 

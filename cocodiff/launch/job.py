@@ -54,8 +54,8 @@ class Job:
                 yield
 
     def close(self) -> None:
-        """Free what this job made for itself, unless it is shared; the default process group stays. Collective."""
-        if not self.shared and self.guard is not None and self.host_group is not None:
+        """Free what this job made for itself, unless it is shared; the default group stays. Collective; idempotent."""
+        if not self.shared and self.guard is not None and self.host_group is not None and not self.guard.closed:
             self.guard.close()
             dist.destroy_process_group(self.host_group)
 

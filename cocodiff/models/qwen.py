@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cocodiff.blocks import Blocks
 from cocodiff.engine import Engine
-from cocodiff.models.family import Cut, Family
+from cocodiff.models.family import Family
 from cocodiff.models.flux import token_counts
 from cocodiff.models.install import install_blocks
 from cocodiff.models.joint import JointLayer, gated_stream, separate, to_out
@@ -78,11 +78,8 @@ QWEN = Family(
         "QwenImageImg2ImgPipeline",
         "QwenImageInpaintPipeline",
         "QwenImageEditPipeline",
-        "QwenImageEditPlusPipeline",
-        "QwenImageEditInpaintPipeline",
-        "QwenImageControlNetPipeline",
     ),
     token_counts=token_counts,
-    cuts={"controlnet_block_samples": Cut("image")},
+    cuts={},
     install=install,
 )

@@ -16,7 +16,7 @@ from cocodiff.attention import attended_whole
 from cocodiff.blocks import Blocks
 from cocodiff.engine import Engine
 from cocodiff.models.family import Cut, Family
-from cocodiff.models.flux import projections
+from cocodiff.models.flux import IP_ADAPTER, projections
 from cocodiff.models.install import install_blocks
 from cocodiff.models.joint import JointLayer, Stream, gated_stream, to_out
 from cocodiff.patches import Patches
@@ -101,13 +101,11 @@ def token_counts(transformer: Any, given: dict[str, Any]) -> dict[str, int]:
     return {"text": given["encoder_hidden_states"].shape[1], "image": height * width}
 
 
-IP_ADAPTER = "IP-Adapters attend to their image tokens in a processor of their own, which cocodiff does not have yet"
-
 SD3 = Family(
     name="sd3",
     pipelines=("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
     token_counts=token_counts,
-    cuts={"encoder_hidden_states": Cut("text"), "block_controlnet_hidden_states": Cut("image")},
+    cuts={"encoder_hidden_states": Cut("text")},
     install=install,
     refused={"ip_adapter_image_embeds": IP_ADAPTER, "ip_hidden_states": IP_ADAPTER},
 )

@@ -56,21 +56,10 @@ def _across_heads(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def install(engine: Engine, transformer: Any, patches: Patches) -> list[nn.Module]:
-    row, known = (
-        Blocks(engine, whole={"hidden_states": "video"}),
-        dict.fromkeys(("attn1", "attn2"), ("WanAttnProcessor",)),
-    )
+    row = Blocks(engine, whole={"hidden_states": "video"})
+    known = {"attn1": ("WanAttnProcessor",), "attn2": ("WanAttnProcessor",)}
     blocks, streams = transformer.blocks, ("hidden_states",)
-    return install_blocks(
-        row,
-        blocks,
-        "WanTransformerBlock",
-        known,
-        streams,
-        make_layer,
-        patches,
-        local=("attn2",),
-    )
+    return install_blocks(row, blocks, "WanTransformerBlock", known, streams, make_layer, patches, local=("attn2",))
 
 
 def token_counts(transformer: Any, given: dict[str, Any]) -> dict[str, int]:
@@ -81,7 +70,7 @@ def token_counts(transformer: Any, given: dict[str, Any]) -> dict[str, int]:
 
 WAN = Family(
     name="wan",
-    pipelines=("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline"),
+    pipelines=("WanPipeline", "WanImageToVideoPipeline"),
     token_counts=token_counts,
     cuts={"timestep": Cut("video", dim=1)},
     install=install,
