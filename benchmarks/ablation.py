@@ -19,13 +19,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cocodiff.attention import Flight
 from cocodiff.bench.methods import compute_method, make_method
 from cocodiff.bench.models import build_transformer
 from cocodiff.bench.run import _time
 from cocodiff.bench.shapes import named_shape
 from cocodiff.blocks import Blocks
 from cocodiff.exchange.flat import AllToAll
+from cocodiff.flight import Flight
 from cocodiff.launch.job import start_job
 from cocodiff.models.joint import ParallelLayer
 
@@ -34,8 +34,8 @@ def k_and_v_together(flight: Flight, piece: int, inputs: Any) -> None:
     """In place of V first: K and V are both projected before either travels, K ahead."""
     flight.layer.enter(piece, flight.pieces[piece][0], inputs)
     key, value = flight.layer.key(piece), flight.layer.value(piece)
-    flight._send("k", piece, key)
-    flight._send("v", piece, value)
+    flight.send("k", piece, key)
+    flight.send("v", piece, value)
 
 
 def mlp_at_the_end(layer: ParallelLayer, piece: int, attended: Tensor, beside: None) -> Any:

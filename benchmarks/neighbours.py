@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,13 @@ def alone(names: list[str]) -> dict[tuple[str, str], torch.Tensor]:
     return {(name, size): draw(name, size, lambda pipe: pipe) for name in names for size in SIZES}
 
 
-def theirs(name: str, size: str, expected: torch.Tensor) -> str:
+def meshes(size: str) -> list[tuple[int, int, int]]:
+    """Ranks, ring, ulysses."""
+    plain = [(ranks, 1, ranks) for ranks in (2, 3, 4)]
+    return plain + ([(2, 2, 1), (4, 4, 1), (4, 2, 2)] if size == "divisible" else [])
+
+
+def theirs(name: str, size: str, degrees: dict[str, int], expected: torch.Tensor) -> str:
     import torch.distributed as dist
     from diffusers import ContextParallelConfig
 
@@ -53,16 +60,16 @@ def theirs(name: str, size: str, expected: torch.Tensor) -> str:
     def parallel(pipe: Any) -> Any:
         for part in (pipe.transformer, getattr(pipe, "transformer_2", None)):
             if part is not None:
-                part.enable_parallelism(config=ContextParallelConfig(ulysses_degree=dist.get_world_size()))
+                part.enable_parallelism(config=ContextParallelConfig(**degrees))
         return pipe
 
     return verdict(lambda: draw(name, size, parallel), expected)
 
 
-def ours(name: str, size: str, expected: torch.Tensor) -> str:
+def ours(name: str, size: str, degrees: dict[str, int], expected: torch.Tensor) -> str:
     import cocodiff
 
-    return verdict(lambda: draw(name, size, cocodiff.wrap), expected)
+    return verdict(lambda: draw(name, size, partial(cocodiff.wrap, **degrees)), expected)
 
 
 def verdict(run: Callable[[], torch.Tensor], expected: torch.Tensor) -> str:
@@ -91,18 +98,18 @@ def main() -> None:
     expected = run_ranks(1, alone, names)[0]
     reasons: dict[str, int] = {}
     print(f"# {__doc__.splitlines()[0]}\n\n    {__doc__.splitlines()[2].strip()}\n\n{__doc__.split(chr(10) * 2)[2]}")
-    print("| pipeline | size | ranks | diffusers | cocodiff |\n|---|---|---|---|---|")
+    print("| pipeline | size | ranks | ring x ulysses | diffusers | cocodiff |\n|---|---|---|---|---|---|")
     for name in names:
         for size in SIZES:
-            for ranks in (2, 3, 4):
-                cells = []
+            for ranks, ring, ulysses in meshes(size):
+                cells, degrees = [], {"ring_degree": ring, "ulysses_degree": ulysses}
                 for method in (theirs, ours):
-                    said = everyone(method, ranks, name, size, expected[name, size])
+                    said = everyone(method, ranks, name, size, degrees, expected[name, size])
                     if said.startswith("refuses"):
                         number = reasons.setdefault(said.removeprefix("refuses: "), len(reasons) + 1)
                         said = f"refuses [{number}]"
                     cells.append(said)
-                print(f"| {name} | {size} | {ranks} | {cells[0]} | {cells[1]} |", flush=True)
+                print(f"| {name} | {size} | {ranks} | {ring} x {ulysses} | {cells[0]} | {cells[1]} |", flush=True)
     print()
     for reason, number in reasons.items():
         print(f"[{number}] `{reason}`\n")

@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from cocodiff.exchange.layout import axis_sizes
+from cocodiff.mesh import choose_degrees, outward_bytes
+from cocodiff.topology import Cluster, Level
+
 RESULTS = Path(__file__).parent / "results"
 HEAD = """# Results
 
@@ -17,6 +21,68 @@ the ratio of the worst of `exact` to the best of the other, and of the best to t
 | shape | ranks | link, measured | communication | exact against diffusers | against ulysses | exact to its limit |
 |---|---|---|---|---|---|---|
 """
+
+
+MESHES = """# Meshes
+
+Each row is one run of `cocodiff bench`, as in [the other results](../README.md): `exact` on every mesh, in turn with
+`ulysses` (one exchange over all ranks, sequential) where the heads allow it. Times as fast as the best mesh of its row
+(1.00 is the best), in brackets MB a step through the busiest outermost link, and what theory says of the layers:
+4 (1 - 1/G) for ulysses over G nodes, 2 (G - 1) for a ring of G, times the tensors. **Bold**: what the rule of
+docs/meshes.md takes.
+
+"""
+
+
+def meshes() -> None:
+    lines = []
+    for path in sorted((RESULTS / "meshes").glob("*.json")):
+        result = json.loads(path.read_text())
+        lines += mesh_table(result, path.stem)
+    (RESULTS / "meshes" / "README.md").write_text(MESHES + "\n".join(lines))
+
+
+def mesh_table(result: dict, stem: str) -> list[str]:
+    shape = result["shape"]
+    levels = [
+        Level(one["name"], one["size"], one["bandwidth_gbs"], one["latency_us"], one["slow"])
+        for one in result["cluster"]["levels"]
+    ]
+    cluster = Cluster("measured", tuple(levels))
+    rule = str(choose_degrees(cluster, shape["heads"]))
+    rows = {name: row for name, row in result["methods"].items() if "error" not in row}
+    best = min(row["seconds_per_step"]["median"] for row in rows.values() if row["mesh"])
+    base = rows.get("ulysses", {}).get("seconds_per_step", {}).get("median")
+    sizes = " x ".join(str(level.size) for level in reversed(levels))
+    lines = [f"**[{sizes} ranks, {shape['heads']} heads, {result['branches']} branch(es)]({stem}.md)**", ""]
+    lines += [
+        "| method | mesh | seconds a step (least, most) | against ulysses | to the best mesh | MB outward: counted, theory |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        taken, mesh = row["seconds_per_step"], row["mesh"] or ""
+        shown = f"**{mesh}**" if mesh == rule and name != "ulysses" else mesh
+        cells = [name, shown, f"{taken['median']:.3f} ({taken['min']:.3f}, {taken['max']:.3f})"]
+        cells += [
+            "" if base is None else f"{base / taken['median']:.2f}x",
+            f"{taken['median'] / best:.2f}" if mesh else "",
+        ]
+        outward = levels[-1].size > 1 and mesh
+        counted = f"{row['counted_bytes'] / 1e6:.2f}, {theory(result, cluster, mesh) / 1e6:.2f}" if outward else ""
+        lines.append("| " + " | ".join([*cells, counted]) + " |")
+    return [*lines, ""]
+
+
+def theory(result: dict, cluster: Cluster, mesh: str) -> float:
+    """Bytes a step that the layers alone send out of one node."""
+    shape = result["shape"]
+    cfg, ring, ulysses = (int(word) for word in mesh.split() if word.isdigit())
+    half = Cluster("half", cluster.levels).with_sizes(axis_sizes(cluster.sizes, 1, ring * ulysses))
+    level = len(cluster.levels) - 1
+    shard = (shape["text"] + shape["image"]) * shape["width"] * 4 / (ring * ulysses)
+    node = cluster.num_ranks // cluster.sizes[-1]
+    branches = result["branches"] / cfg
+    return outward_bytes(half, level, ring, ulysses) * shard * node * (shape["double"] + shape["single"]) * branches
 
 
 def ratio(row: dict, other: dict) -> str:
@@ -50,6 +116,7 @@ def main() -> None:
         rows.append(((shape["name"], shape["width"], sizes, -link), "| " + " | ".join(cells) + " |"))
     (RESULTS / "README.md").write_text(HEAD + "\n".join(row for _, row in sorted(rows)) + "\n")
     print(f"{len(rows)} results in {RESULTS / 'README.md'}")
+    meshes()
 
 
 if __name__ == "__main__":

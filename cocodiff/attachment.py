@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +18,11 @@ from cocodiff.engine import Engine
 from cocodiff.errors import PatchError
 from cocodiff.launch.agree import agree, share_random_state
 from cocodiff.launch.job import Job
+from cocodiff.mesh import Mesh
+from cocodiff.models import family_of
 from cocodiff.topology import Cluster
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -36,11 +41,17 @@ class Attachment:
     cluster: Cluster | None = None
     cluster_reason: str = "one rank"
     doors: dict[str, Door] = field(default_factory=dict)
+    said_idle: bool = False
 
     @property
     def engine(self) -> Engine | None:
         """Mesh, lanes and exchanges; None on one rank."""
         return next((door.engine for door in self.doors.values()), None)
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The axes and this rank's place on them: `print(pipe.cocodiff.mesh)`; None on one rank."""
+        return None if self.engine is None else self.engine.mesh
 
     @property
     def rank(self) -> int:
@@ -79,7 +90,9 @@ def subclass(base: type) -> type:
 
     @functools.wraps(original)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = dict(signature.bind(self, *args, **kwargs).arguments)
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        given = dict(bound.arguments)
         given.pop("self")
         with _running(self, given):
             return original(self, *args, **kwargs)
@@ -103,18 +116,26 @@ def _running(pipeline: Any, given: dict[str, Any]) -> Iterator[None]:
         place = torch.device(pipeline._execution_device)
         if place.type != job.device.type or place.index not in (None, job.device.index):
             raise PatchError(f"the pipeline is on {place}, but this rank's device is {job.device}: do not move it.")
-        submitted = [door.engine.submitted for door in doors.values()]
+        submitted = [door.engine.unsettled for door in doors.values()]
         steps = {"exchanges so far (a call failed on some ranks: unwrap and wrap again)": submitted}
         agree(given | state | steps, group, f"the call of {type(pipeline).__name__}")
         share_random_state(job.device, group)
         bars = getattr(pipeline, "_progress_bar_config", None)
         if not job.is_main:
             pipeline.set_progress_bar_config(**{**(bars or {}), "disable": True})
+        family, mesh = family_of(attachment.pipeline_class), attachment.mesh
+        guided = family.guided(pipeline, given)
+        if mesh is not None and mesh.cfg.size > 1 and not (guided or family.batched or attachment.said_idle):
+            attachment.said_idle = True
+            if job.is_main:
+                _log.warning("cfg_degree=2, but this call has no guidance: both halves of the ranks compute the same.")
         try:
             with ExitStack() as stack:
                 for door in doors.values():
-                    stack.enter_context(door.in_pipeline())
+                    stack.enter_context(door.in_pipeline(guided))
                 yield
+            for door in doors.values():
+                door.engine.settled()
         finally:
             if not job.is_main:
                 if bars is None:

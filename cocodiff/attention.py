@@ -20,88 +20,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from cocodiff.engine import Engine
-from cocodiff.exchange import Layout, Pending, to_heads, to_sequence
-
-
-class Layer(Protocol):
-    """One self-attention of a model family with the rows' work around it, cut where exchanges begin and end.
-
-    Rows are this rank's, in numbered pieces. `value`, `key` and `query` give `(B, rows, H, D)`, normed and rotated.
-    """
-
-    num_heads: int
-    width: int  # heads x head_dim
-    itemsize: int  # bytes of an element of V
-
-    def enter(self, piece: int, rows: slice, inputs: Any) -> None:
-        """Take the block's input for a piece; the other methods may now be called for it."""
-
-    def value(self, piece: int) -> Tensor: ...
-
-    def key(self, piece: int) -> Tensor: ...
-
-    def query(self) -> Tensor:
-        """Of all rows, which have entered: what need not be cut is not, since small matrix products are slow ones."""
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Softmax attention, `(B, S_query, H_local, D)`, on the device's own kernel.
-
-        Keys and values lie piece by piece, and within a piece rank by rank (`Layout.order`); a mask must follow that.
-        """
-
-    def beside(self) -> Tensor | None:
-        """Work on all rows that attention does not need, `(B, rows, C)`; None where there is none."""
-
-    def finish(self, piece: int, attended: Tensor, beside: Tensor | None) -> Any:
-        """The rest of the block: the next block's input for this piece. `attended` is `(B, rows, H * D)`."""
-
-
-class Flight:
-    """One layer under way: V and K of the pieces that have entered are being exchanged."""
-
-    def __init__(self, engine: Engine, layer: Layer) -> None:
-        self.engine, self.layer, self.layout = engine, layer, engine.layout(layer.num_heads)
-        self.exchange, count = engine.plan(self.layout, layer.width, layer.itemsize)
-        self.pieces = self.layout.pieces(engine.rank, count)
-        self.pending: dict[str, list[Pending]] = {"v": [], "k": []}
-        self._joined: dict[str, Tensor] = {}
-
-    def enter(self, piece: int, inputs: Any) -> None:
-        """Start what attention needs all rows of. Collective: all ranks enter the same pieces in the same order."""
-        self.layer.enter(piece, self.pieces[piece][0], inputs)
-        with self.engine.span("v"):
-            value = self.layer.value(piece)
-        self._send("v", piece, value)
-        with self.engine.span("k"):
-            key = self.layer.key(piece)
-        self._send("k", piece, key)
-
-    def joined(self, label: str) -> Tensor:
-        """V or K of all tokens, `(B, S, H_local, D)`: piece by piece, and within a piece rank by rank."""
-        with self.engine.span(f"wait {label}"):
-            arrived = [pending.wait() for pending in self.pending.pop(label)]
-        return arrived[0] if len(arrived) == 1 else self._joined.pop(label).transpose(0, 1)
-
-    def drop(self) -> None:
-        """Give up what is under way. It arrives all the same: what the lanes use must not be freed before."""
-        for pending in [one for several in self.pending.values() for one in several]:
-            pending.wait()
-
-    def _send(self, label: str, piece: int, x: Tensor) -> None:
-        rank, layout = self.engine.rank, self.pieces[piece][1]
-        place = None
-        if len(self.pieces) > 1:  # pieces arrive where attention reads them
-            if piece == 0:
-                batch, heads, head_dim = x.shape[0], self.layout.num_heads[rank], x.shape[-1]
-                self._joined[label] = x.new_empty(sum(self.layout.seq_lens), batch, heads, head_dim)
-            start = sum(sum(before.seq_lens) for _, before in self.pieces[:piece])
-            place = self._joined[label][start : start + sum(layout.seq_lens)].view(-1)  # never a copy
-        self.pending[label].append(to_heads(self.exchange, x, layout, rank, label, place))
+from cocodiff.exchange import Pending, to_heads, to_sequence
+from cocodiff.flight import Flight, Layer
 
 
 def attention(flight: Flight, ahead: Flight | None) -> list[Any]:
@@ -120,14 +45,8 @@ def attention(flight: Flight, ahead: Flight | None) -> list[Any]:
     with span("beside"):
         beside = layer.beside()
 
-    value, key = flight.joined("v"), flight.joined("k")
-    output_pending = []
-    for pending, (_, layout) in zip(query_pending, pieces, strict=True):
-        with span("wait q"):
-            query = pending.wait()
-        with span("attend"):
-            output = layer.attend(query, key, value).to(query.dtype)
-        output_pending.append(to_sequence(exchange, output, layout, rank, "o"))
+    outputs = zip(flight.attended(query_pending), pieces, strict=True)
+    output_pending = [to_sequence(exchange, output, layout, rank, "o") for output, (_, layout) in outputs]
 
     finished = []
     for piece, (pending, (rows, _)) in enumerate(zip(output_pending, pieces, strict=True)):
@@ -142,39 +61,38 @@ def attention(flight: Flight, ahead: Flight | None) -> list[Any]:
 
 def sequential(engine: Engine, layer: Layer, inputs: Any) -> list[Any]:
     """The textbook order: nothing overlaps, the same elements."""
-    layout = engine.layout(layer.num_heads)
-    layer.enter(0, slice(0, layout.seq_lens[engine.rank]), inputs)
+    layer.enter(0, slice(0, sum(engine.tokens.mine)), inputs)
     with engine.span("beside"):
         beside = layer.beside()
-    attended = attended_whole(engine, layer, layout)
+    attended = attended_whole(engine, layer)
     with engine.span("finish"):
         return [layer.finish(0, attended, beside)]
 
 
-def attended_whole(engine: Engine, layer: Layer, layout: Layout) -> Tensor:
+def attended_whole(engine: Engine, layer: Layer, stream: str | None = None) -> Tensor:
     """Attention of a layer that entered in one piece, `(B, S_local, H * D)`: V first, or in the textbook order.
 
-    For attention beside that of a block, too: over `layout`'s tokens, which need not be those of the forward.
+    For attention beside that of a block, too: over the tokens of a `stream` alone.
     """
-    rank, span = engine.rank, engine.span
-    exchange, _ = engine.plan(layout, layer.width, layer.itemsize)
-    in_flight = engine.config.schedule != "sequential"
+    flight, in_flight = Flight(engine, layer, stream, whole=True), engine.config.schedule != "sequential"
+    rank, span, exchange, layout = engine.rank, engine.span, flight.exchange, flight.pieces[0][1]
     projections: dict[str, Callable[[], Tensor]] = {
         "v": partial(layer.value, 0),
         "k": partial(layer.key, 0),
         "q": layer.query,
     }
-    shards, started, arrived = {}, {}, {}
+    queries: list[Pending] = []
     for label in "vkq" if in_flight else "qkv":
         with span(label):
-            shards[label] = projections[label]()
-        if in_flight:
-            started[label] = to_heads(exchange, shards.pop(label), layout, rank, label)
-    for label in "vkq" if in_flight else "qkv":
-        with span(f"wait {label}"):
-            pending = started.get(label) or to_heads(exchange, shards.pop(label), layout, rank, label)
-            arrived[label] = pending.wait()
-    with span("attend"):
-        output = layer.attend(arrived["q"], arrived["k"], arrived["v"]).to(arrived["q"].dtype)
+            x = projections[label]()
+        if label == "q":
+            queries.append(to_heads(exchange, x, layout, rank, label))
+        else:
+            flight.send(label, 0, x)
+        if not in_flight:
+            with span(f"wait {label}"):
+                sent = queries if label == "q" else flight.pending[label, len(flight.parts) - 1]
+                sent[0].ticket.wait()
+    (output,) = flight.attended(queries)
     with span("wait o"):
         return to_sequence(exchange, output, layout, rank, "o").wait()

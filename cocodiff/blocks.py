@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cocodiff.attention import Flight, Layer, attention, sequential
+from cocodiff.attention import attention, sequential
 from cocodiff.engine import Engine
+from cocodiff.flight import Flight, Layer
 from cocodiff.patches import Patches
 from cocodiff.tokens import Tokens
 
@@ -82,7 +83,7 @@ class Blocks:
     def _cut_whole(self, name: str, x: Tensor) -> Tensor:
         if name not in self._whole:
             return x
-        return x[:, self.engine.tokens.rows(self._whole[name], self.engine.rank)]
+        return x[:, self.engine.tokens.rows(self._whole[name])]
 
     def _take(self, index: int, arguments: list[Any]) -> Flight | None:
         """What was handed on to this block, if it is called with just that."""

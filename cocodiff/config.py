@@ -9,6 +9,7 @@ from cocodiff.errors import ConfigError
 from cocodiff.topology import Cluster
 
 CHOICES = {"exchange": ("auto", "flat", "staged"), "schedule": ("v_first", "sequential")}
+DEGREES = ("cfg_degree", "ring_degree", "ulysses_degree")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,10 @@ class Config:
             follows) or `"sequential"` (the textbook order; same result, for comparison and debugging).
         cluster: `"auto"` (which ranks share a node, from the launcher), a preset's name, a path to JSON, or a
             `cocodiff.Cluster`.
-        ulysses_degree: ranks that share one sequence. None means all ranks; nothing else is possible yet.
+        cfg_degree: 2 puts the conditional and the unconditional branch on two halves of the ranks. None means 1.
+        ring_degree: parts of the sequence whose keys and values travel, while queries and outputs stay.
+        ulysses_degree: ranks that share a part, each with some of the heads. What is left out follows the rule of
+            `cocodiff.mesh.choose_degrees`; the three multiply to the number of ranks.
 
     >>> Config(exchange="staged").schedule
     'v_first'
@@ -31,6 +35,8 @@ class Config:
     exchange: str = "auto"
     schedule: str = "v_first"
     cluster: str | os.PathLike[str] | Cluster = "auto"
+    cfg_degree: int | None = None
+    ring_degree: int | None = None
     ulysses_degree: int | None = None
 
     def __post_init__(self) -> None:
@@ -40,9 +46,10 @@ class Config:
                 raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}.")
         if not isinstance(self.cluster, str | os.PathLike | Cluster):
             raise ConfigError(f"cluster={self.cluster!r} is neither a name, a path nor a cocodiff.Cluster.")
-        degree = self.ulysses_degree
-        if degree is not None and (not isinstance(degree, int) or isinstance(degree, bool) or degree < 1):
-            raise ConfigError(f"ulysses_degree={degree!r} is not a positive whole number.")
+        for name in DEGREES:
+            degree = getattr(self, name)
+            if degree is not None and (not isinstance(degree, int) or isinstance(degree, bool) or degree < 1):
+                raise ConfigError(f"{name}={degree!r} is not a positive whole number.")
 
     @classmethod
     def of(cls, config: Config | None, settings: dict[str, object]) -> Config:

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from cocodiff.bench.shapes import SHAPES
 from cocodiff.launch.job import start_job
+from cocodiff.mesh import choose_degrees
 from cocodiff.models import FAMILIES
-from cocodiff.topology import load_cluster
+from cocodiff.topology import Cluster, load_cluster
 
 PACKAGES = ("cocodiff", "torch", "diffusers", "transformers", "accelerate", "safetensors", "mpi4py", "mpich")
 
@@ -48,6 +50,7 @@ def diagnose() -> tuple[dict[str, Any], bool]:
             ],
             "figures": "assumed, not measured",
         },
+        "mesh": {shape.name: _mesh(cluster, shape.heads) for shape in SHAPES.values()},
         "pipelines": [name for family in FAMILIES for name in family.pipelines],
         "warnings": _warnings(job.world_size, job.device),
     }
@@ -76,6 +79,11 @@ def render(findings: dict[str, Any], *, as_json: bool) -> str:
 
     add(findings, 0)
     return "\n".join(lines)
+
+
+def _mesh(cluster: Cluster, heads: int) -> str:
+    degrees = choose_degrees(cluster, heads)
+    return f"{degrees}, for {heads} heads: {degrees.reason}"
 
 
 def _version(name: str) -> str | None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cocodiff.branches import Branches
 from cocodiff.engine import Engine
 from cocodiff.errors import ConfigError, MismatchError, PatchError
 from cocodiff.launch.agree import agree
@@ -53,6 +54,7 @@ class Door:
         self.running = False  # inside the forward, where every other rank must be, too
         self._in_pipeline = False
         self._differs: list[Tensor] = []
+        self._branches: Branches | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.job.watched("the transformer's forward"):
@@ -69,18 +71,40 @@ class Door:
         given = self._signature.bind(*args, **kwargs).arguments
         self._refuse(given)
         if self._in_pipeline:
-            lists = [value if isinstance(value, list | tuple) else [value] for value in given.values()]
-            self._differs.append(self.engine.differs(x for one in lists for x in one if isinstance(x, Tensor)))
-            if len(self._differs) == 1:
-                self._settle()
+            self._compare(given)
         else:
             agree(given, self.engine.mesh.host_group, "the transformer's input (called outside its wrapped pipeline)")
+        if self._branches is None:
+            return self._on_shards(given)
+        as_tuple = given.get("return_dict") is False
+        output = self._branches.run(given, lambda part: self._on_shards(part | {"return_dict": False})[0])
+        if as_tuple:
+            return (output,)
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        return Transformer2DModelOutput(sample=output)
+
+    def _compare(self, given: dict[str, Any]) -> None:
+        """Ranks that compute from different tensors are found: at once in the first forward, later ones at the end.
+
+        Of two branches, the second call is compared by those who compute it: the others are still at the first.
+        """
+        second = self._branches is not None and self._branches.second
+        if second and not self._branches.computes:  # type: ignore[union-attr]
+            return
+        lists = [value if isinstance(value, list | tuple) else [value] for value in given.values()]
+        axis = self.engine.mesh.sequence if second else None
+        self._differs.append(self.engine.differs((x for one in lists for x in one if isinstance(x, Tensor)), axis))
+        if len(self._differs) == 1:
+            self._settle()
+
+    def _on_shards(self, given: dict[str, Any]) -> Any:
         engine, family = self.engine, self._family
         counts = family.token_counts(self.transformer, given)
-        tokens = Tokens.split(counts, engine.mesh.world_size)
+        tokens = Tokens.split(counts, engine.mesh.sequence.size, engine.mesh.sequence.rank)
         for name, cut in family.cuts.items():
             if given.get(name) is not None:
-                given[name] = _shard(given[name], tokens.rows(cut.stream, engine.rank), counts[cut.stream], cut, name)
+                given[name] = _shard(given[name], tokens.rows(cut.stream), counts[cut.stream], cut, name)
         with engine.span("forward"), engine.sharded(tokens), self._gathered(list(counts)[-1]):
             return self._forward(**given)
 
@@ -96,20 +120,28 @@ class Door:
             last.remove()
 
     @contextmanager
-    def in_pipeline(self) -> Iterator[None]:
+    def in_pipeline(self, guided: bool = False) -> Iterator[None]:
         """Around a call of a wrapped pipeline, which compares its arguments itself.
 
         What reaches the transformer is compared, too, since encoders or callbacks may do different things on different
         ranks: at once in the first forward, later ones without waiting for the answer before the end.
+
+        Args:
+            guided: the pipeline calls the transformer twice a step, for guidance.
         """
         if self._in_pipeline:
             raise PatchError("another call over the same transformer is running in this process: one at a time.")
         self._in_pipeline, self._differs = True, []
+        if self.engine.mesh.cfg.size > 1:
+            self._branches = Branches(self.engine, self._family, self.transformer, guided)
+        branches = self._branches
         try:
             yield
         finally:
-            self._in_pipeline = False
+            self._in_pipeline, self._branches = False, None
         self._settle()
+        if branches is not None:
+            branches.settle()
 
     def _settle(self) -> None:
         if self._differs and bool(torch.stack(self._differs).any()):
@@ -137,6 +169,12 @@ class Door:
                     f"an attention processor was replaced after cocodiff.wrap (now {type(attn.processor).__name__}): "
                     "its attention would see this rank's tokens alone. Undo that (unload_ip_adapter, or no "
                     "set_attn_processor), then cocodiff.unwrap(pipe) and cocodiff.wrap(pipe)."
+                )
+            backend = processor._attention_backend
+            if self.engine.ring is not None and getattr(backend, "value", backend) not in (None, "native"):
+                raise ConfigError(
+                    f"ring_degree={self.engine.mesh.ring.size} merges parts of attention by their log-sum-exps, for "
+                    f"which it has kernels of its own; {backend!r} was set. Reset it, or use ring_degree=1."
                 )
         self._patches.check()
         refuse_modifications(self.transformer, self._carriers)

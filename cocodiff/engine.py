@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
 from cocodiff.config import Config
-from cocodiff.errors import ConfigError, PatchError
-from cocodiff.exchange import Exchange, FlatExchange, Layout, StagedExchange, gather_equal, gather_rows, split_sizes
+from cocodiff.errors import PatchError
+from cocodiff.exchange import (
+    Exchange,
+    FlatExchange,
+    Layout,
+    Ring,
+    StagedExchange,
+    gather_equal,
+    gather_rows,
+    split_sizes,
+)
 from cocodiff.exchange.layout import outer_difference
-from cocodiff.lanes import make_lane
-from cocodiff.mesh import Mesh
+from cocodiff.lanes import Lane, make_lane
+from cocodiff.mesh import Axis, Mesh
 from cocodiff.tally import Tally
 from cocodiff.timeline import COMPUTE, Timeline
 from cocodiff.tokens import Tokens
 
 MAX_PIECES = 4
-ROWS_PER_PIECE = 128  # where there are fewer than two such pieces, two smaller ones
+ROWS_PER_PIECE = 128  # up to two pieces may be smaller, of half as many; MEASURED: 36 rows cost more than they hide
 LATENCIES_PER_PIECE = 20  # the exchange of a piece takes at least this many times its latency, and so many seconds;
 # MEASURED on a CPU whose ranks share cores: pieces of 4 ms took 1.2 times as long as none, those of 9 ms gained.
 LEAST_PIECE_SECONDS = {"cpu": 5e-3}
 # Cutting makes matrix products smaller: MEASURED 6 to 9 % of the compute on a CPU, more than it hides unless a layer's
 # exchanges take at least this share of its compute, which is MODELLED from what a rank is assumed to do in a second.
 WORTH_CUTTING = 0.5
+PASSED = False  # keys and values go straight to every part, not around the ring
 ASSUMED_TFLOPS = {"cpu": 0.03, "cuda": 300.0, "xpu": 100.0}
 
 
@@ -42,14 +53,18 @@ class Engine:
         self.config, self.mesh, self.device = config, mesh, device
         self.timeline: Timeline | None = None
         self.users = 0
-        levels = mesh.cluster.levels
-        active = list(mesh.level_groups)
-        self._lanes = {level: make_lane(levels[level].name, device) for level in active}
-        self.outer_lane = self._lanes[active[-1]]
-        self.tally, sizes = Tally(), mesh.cluster.sizes
-        self.flat: Exchange = FlatExchange(sizes, mesh.flat_group, self.outer_lane, self.tally)
-        self.staged: Exchange = StagedExchange(sizes, mesh.rank, mesh.level_groups, self._lanes, self.tally)
+        used = {axis.level for axis in (mesh.ulysses, mesh.ring, mesh.sequence, mesh.everyone)} | set(mesh.level_groups)
+        self._lanes = {level: make_lane(mesh.cluster.levels[level].name, device) for level in sorted(used)}
+        self.tally = Tally()
+        axis, lane = mesh.ulysses, self.lane(mesh.ulysses)
+        self.flat: Exchange = FlatExchange(axis.cluster.sizes, axis.rank, axis.group, lane, self.tally)
+        groups = mesh.level_groups
+        self.staged: Exchange = StagedExchange(axis.cluster.sizes, axis.rank, groups, self._lanes, self.tally)
+        self.ring: Ring | None = None
+        if (around := mesh.ring).group is not None:
+            self.ring = Ring(around.cluster.sizes, around.rank, around.group, self.lane(around), PASSED, self.tally)
         self._tokens: Tokens | None = None
+        self._settled: dict[int, int] = {}
 
     def close(self) -> None:
         """End the lanes and free the groups; nothing may be in flight. Collective."""
@@ -58,13 +73,27 @@ class Engine:
         self.mesh.close()
 
     @property
-    def submitted(self) -> list[int]:
-        """What was ever submitted to each lane; equal on all ranks between calls, unless one failed within a call."""
-        return [lane.submitted for lane in self._lanes.values()]
+    def unsettled(self) -> list[int]:
+        """What was submitted to each lane since the last call that ended well: nothing, unless one failed."""
+        return [lane.submitted - self._settled.get(level, 0) for level, lane in self._lanes.items()]
+
+    def settled(self) -> None:
+        """A call ended well: nothing of it is under way on any rank."""
+        self._settled = {level: lane.submitted for level, lane in self._lanes.items()}
+
+    def lane(self, axis: Axis) -> Lane:
+        """That of the slowest link which the axis crosses."""
+        return self._lanes[axis.level]
 
     @property
     def rank(self) -> int:
-        return self.mesh.rank
+        """This rank's place on the ulysses axis, by which exchanges and layouts count."""
+        return self.mesh.ulysses.rank
+
+    @property
+    def part(self) -> int:
+        """Which part of the sequence is here: this rank's place on the ring axis."""
+        return self.mesh.ring.rank
 
     @property
     def tokens(self) -> Tokens:
@@ -86,65 +115,97 @@ class Engine:
         finally:
             self._tokens = None
 
-    def layout(self, num_heads: int) -> Layout:
-        """Tokens and heads of every rank for one attention layer of the running forward."""
-        return Layout(self.tokens.joint, split_sizes(num_heads, self.mesh.world_size))
+    def layouts(self, num_heads: int, stream: str | None = None) -> list[Layout]:
+        """Tokens and heads of every rank of each part, for one attention layer of the running forward.
 
-    def check_heads(self, num_heads: int) -> None:
-        """ConfigError unless every rank gets at least one of so many heads."""
-        ranks = self.mesh.world_size
-        if num_heads < ranks:
-            raise ConfigError(
-                f"{num_heads} attention heads cannot be shared among {ranks} ranks: every rank needs one. "
-                f"Start at most {num_heads} ranks."
-            )
+        Args:
+            stream: it attends to the tokens of that one alone.
+        """
+        mesh, tokens = self.mesh, self.tokens
+        seq_lens, inner = tokens.joint if stream is None else tokens.streams[stream], mesh.ulysses.size
+        heads = split_sizes(num_heads, inner)
+        return [Layout(seq_lens[start : start + inner], heads) for start in range(0, len(seq_lens), inner)]
 
-    def plan(self, layout: Layout, width: int, itemsize: int) -> tuple[Exchange, int]:
+    def plan(self, layouts: Sequence[Layout], width: int, itemsize: int) -> tuple[Exchange, int]:
         """The exchange for messages of this layer, and into how many pieces its rows are cut.
 
-        Decided from the layout and the cluster alone, so identically on all ranks and in every run. `width` is
+        Decided from the layouts and the cluster alone, so identically on all ranks and in every run. `width` is
         heads x head_dim, of `itemsize` bytes each.
         """
-        cluster, seq_len = self.mesh.cluster, sum(layout.seq_lens)
-        rows = seq_len / self.mesh.world_size
-        seconds = {name: cluster.seconds(name, rows * width * itemsize) for name in ("flat", "staged")}
+        mesh, seq_lens = self.mesh, [length for layout in layouts for length in layout.seq_lens]
+        rows, cluster = sum(seq_lens) / len(seq_lens), mesh.ulysses.cluster
+        tensor_bytes = rows * width * itemsize
+        seconds = {name: cluster.seconds(name, tensor_bytes) for name in ("flat", "staged")}
         choice = self.config.exchange
         if choice == "auto":
             choice = "staged" if seconds["staged"] < seconds["flat"] else "flat"
-        exchange, latency = self.staged if choice == "staged" else self.flat, cluster.seconds(choice, 0)
-        flops = rows * width * (24 * width + 4 * seq_len)  # projections and an MLP four times as wide; attention
+        exchange = self.staged if choice == "staged" and mesh.ulysses.size > 1 else self.flat
+        link = mesh.cluster.levels[mesh.ring.level]
+        ring_seconds = (mesh.ring.size - 1) * (link.latency_us * 1e-6 + tensor_bytes / (link.bandwidth_gbs * 1e9))
+        slowest, latency = max(
+            (4 * seconds[choice], cluster.seconds(choice, 0)), (2 * ring_seconds, link.latency_us * 1e-6)
+        )
+        flops = rows * width * (24 * width + 4 * sum(seq_lens))  # projections and an MLP four times as wide; attention
         compute_seconds = flops / (ASSUMED_TFLOPS.get(self.device.type, 100.0) * 1e12)
-        if 4 * seconds[choice] < WORTH_CUTTING * compute_seconds:
+        if slowest < WORTH_CUTTING * compute_seconds:
             return exchange, 1
         least_seconds = max(LATENCIES_PER_PIECE * latency, LEAST_PIECE_SECONDS.get(self.device.type, 1e-4))
-        pieces = int(seconds[choice] / least_seconds)
-        fewest = min(layout.seq_lens)
-        return exchange, max(1, min(pieces, MAX_PIECES, max(2, fewest // ROWS_PER_PIECE), fewest))
+        pieces, fewest = int(max(seconds[choice], ring_seconds) / least_seconds), min(seq_lens)
+        most = 1 if fewest < ROWS_PER_PIECE else max(2, fewest // ROWS_PER_PIECE)
+        return exchange, max(1, min(pieces, MAX_PIECES, most))
 
     def gather(self, x: Tensor, stream: str) -> Tensor:
-        """`(B, S_local, C)` shards of a stream -> the whole `(B, S, C)` on every rank."""
-        longest = max(self.tokens.streams[stream]) * x.shape[0] * x.shape[2] * x.itemsize
-        self._tally_gather("gather", longest)
+        """`(B, S_local, C)` shards of a stream -> the whole `(B, S, C)` on every rank that has some of it."""
+        axis, sizes = self.mesh.sequence, self.tokens.streams[stream]
+        if axis.group is None:
+            return x
+        self._tally_gather("gather", max(sizes) * x.shape[0] * x.shape[2] * x.itemsize, axis)
         with self.span("wait gather"):
-            return gather_rows(x, self.tokens.streams[stream], self.mesh.flat_group, self.outer_lane)
+            return gather_rows(x, sizes, axis.group, self.lane(axis))
 
-    def differs(self, tensors: Iterable[Tensor]) -> Tensor:
-        """Whether some rank holds other bits in these tensors: a bool on the device, for which nothing waits."""
+    def differs(self, tensors: Iterable[Tensor], axis: Axis | None = None) -> Tensor:
+        """Whether some rank holds other bits in these tensors: a bool on the device, for which nothing waits.
+
+        Args:
+            axis: the ranks that are asked; everyone if left out.
+        """
+        axis = axis or self.mesh.everyone
         kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
         sums = []
         for x in tensors:
             bits = x.contiguous().flatten().view(kinds[x.itemsize])
             places = torch.arange(1, bits.numel() + 1, device=x.device)  # int64, wraps: order counts, too
             sums.append((bits * places).sum())
-        self._tally_gather("compare", len(sums) * sums[0].itemsize)
-        everyone = gather_equal(torch.stack(sums), self.mesh.flat_group, self.outer_lane, "compare")
+        if axis.group is None:
+            return torch.zeros((), dtype=torch.bool, device=sums[0].device)
+        self._tally_gather("compare", len(sums) * sums[0].itemsize, axis)
+        everyone = gather_equal(torch.stack(sums), axis.group, self.lane(axis), "compare")
         return (everyone != everyone[0]).any()
 
-    def _tally_gather(self, label: str, shard_bytes: int) -> None:
+    def swap(self, x: Tensor) -> Tensor:
+        """A tensor of the same shape in both cfg halves, equal within each -> `(2, *shape)`, that of either half.
+
+        Each rank sends the other half its share of the elements; the shares are put together within the half.
+        """
+        sequence, cfg = self.mesh.sequence, self.mesh.cfg
+        assert cfg.group is not None
+        share = -(-x.numel() // sequence.size)
+        flat = F.pad(x.flatten(), (0, share * sequence.size - x.numel()))
+        mine = flat[sequence.rank * share : (sequence.rank + 1) * share]
+        with self.span("wait branches"):
+            self._tally_gather("branches", share * x.itemsize, cfg)
+            shares = gather_equal(mine, cfg.group, self.lane(cfg), "branches")
+            if sequence.group is not None:
+                self._tally_gather("branches", 2 * share * x.itemsize, sequence)
+                together = gather_equal(shares, sequence.group, self.lane(sequence), "branches")
+                shares = together.transpose(0, 1).flatten(1)
+        return shares[:, : x.numel()].view(2, *x.shape)
+
+    def _tally_gather(self, label: str, shard_bytes: int, axis: Axis) -> None:
         """As of a ring (gloo's and NCCL's): all shards but one go to the next rank. Other algorithms send no less."""
-        rank, ranks = self.rank, self.mesh.world_size
-        sent = [0] * len(self.mesh.cluster.sizes)
-        sent[outer_difference(rank, (rank + 1) % ranks, self.mesh.cluster.sizes)] = (ranks - 1) * shard_bytes
+        sizes = axis.cluster.sizes
+        sent = [0] * len(sizes)
+        sent[outer_difference(axis.rank, (axis.rank + 1) % axis.size, sizes)] = (axis.size - 1) * shard_bytes
         self.tally.add(label, sent)
 
     def span(self, label: str) -> AbstractContextManager[None]:

@@ -14,16 +14,19 @@ from cocodiff.exchange.layout import split_sizes
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens per stream and rank. A rank's joint sequence is its shard of every stream, in the order of `streams`.
+    """Tokens of one sequence, per stream and rank, and which rank this is.
+
+    A rank's joint sequence is its shard of every stream, in the order of `streams`.
 
     After an exchange the global order is therefore rank by rank (text 0, image 0, text 1, image 1, ...): any mask must
     follow it, attention without a mask does not care.
     """
 
     streams: Mapping[str, tuple[int, ...]]
+    rank: int = 0
 
     @classmethod
-    def split(cls, lengths: Mapping[str, int], num_ranks: int) -> Tokens:
+    def split(cls, lengths: Mapping[str, int], num_ranks: int, rank: int = 0) -> Tokens:
         """Ragged and balanced: shards of a stream differ by at most a token, and so do joint sequences of two streams.
 
         >>> Tokens.split({"text": 7, "image": 9}, 4).joint
@@ -33,7 +36,7 @@ class Tokens:
             name: split_sizes(length, num_ranks, larger_last=bool(index % 2))
             for index, (name, length) in enumerate(lengths.items())
         }
-        tokens = cls(streams)
+        tokens = cls(streams, rank)
         if min(tokens.joint) < 1:
             total = " + ".join(f"{length} {name}" for name, length in lengths.items())
             raise ConfigError(
@@ -47,15 +50,16 @@ class Tokens:
         """Tokens of each rank's joint sequence."""
         return tuple(sum(parts) for parts in zip(*self.streams.values(), strict=True))
 
-    def rows(self, stream: str, rank: int) -> slice:
-        """Where this rank's shard of a stream lies in the whole stream."""
-        sizes = self.streams[stream]
+    def rows(self, stream: str, rank: int | None = None) -> slice:
+        """Where a rank's shard of a stream lies in the whole stream; this rank's, unless another is named."""
+        sizes, rank = self.streams[stream], self.rank if rank is None else rank
         start = sum(sizes[:rank])
         return slice(start, start + sizes[rank])
 
-    def mine(self, rank: int) -> tuple[int, ...]:
+    @property
+    def mine(self) -> tuple[int, ...]:
         """This rank's tokens of each stream."""
-        return tuple(sizes[rank] for sizes in self.streams.values())
+        return tuple(sizes[self.rank] for sizes in self.streams.values())
 
     def exchanged(self, whole: Tensor, joint_rows: Sequence[tuple[int, slice]]) -> Tensor:
         """`(B, S)` of all tokens, stream after stream -> those of these joint rows of ranks, in this order.

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import fields, replace
 from typing import Any
 
 import torch
 
 from cocodiff.attachment import Attachment, subclass, weights
-from cocodiff.config import Config
+from cocodiff.config import DEGREES, Config
 from cocodiff.door import Door
 from cocodiff.engine import Engine
 from cocodiff.errors import ConfigError, PatchError
 from cocodiff.launch.agree import agree
 from cocodiff.launch.job import Job, start_job
-from cocodiff.mesh import Mesh
+from cocodiff.mesh import Mesh, choose_degrees
 from cocodiff.models import Family, family_of
 from cocodiff.patches import Patches
 from cocodiff.refuse import refuse_modifications
 from cocodiff.topology import Cluster, load_cluster
+
+_log = logging.getLogger(__name__)
 
 
 def wrap(
@@ -117,8 +120,10 @@ def attach(pipeline: Any, config: Config, job: Job) -> Any:
             if job.world_size > 1:
                 _install(pipeline, attachment)
                 pipeline.__class__ = subclass(type(pipeline))
-            elif config.ulysses_degree not in (None, 1):
-                raise ConfigError(f"ulysses_degree={config.ulysses_degree} on one rank: start that many ranks.")
+            else:
+                for name in DEGREES:
+                    if getattr(config, name) not in (None, 1):
+                        raise ConfigError(f"{name}={getattr(config, name)} on one rank: start that many ranks.")
             pipeline.cocodiff = attachment
     except BaseException:
         job.close()
@@ -173,12 +178,15 @@ def make_door(
         raise PatchError("this transformer is wrapped already, but its forward was replaced. unwrap it first.")
     assert job.host_group is not None
     if engine is None:
-        mesh = Mesh.create(cluster, config.ulysses_degree, job.backend, job.host_group)
-        engine = Engine(config, mesh, job.device)
+        attending = [module for module in transformer.modules() if hasattr(module, "processor")]
+        heads = min((getattr(module, "heads", cluster.num_ranks) for module in attending), default=1)
+        degrees = choose_degrees(cluster, heads, config.cfg_degree, config.ring_degree, config.ulysses_degree)
+        engine = Engine(config, Mesh.create(cluster, degrees, job.backend, job.host_group), job.device)
+        if job.is_main:
+            _log.info("mesh: %s (%s)", degrees, degrees.reason)
     patches = Patches()
     try:
         attentions = family.install(engine, transformer, patches)
-        engine.check_heads(min(attn.heads for attn in attentions))  # type: ignore[type-var, arg-type]
         forward = vars(transformer).get("_old_forward", transformer.forward)
         door = Door(engine, family, transformer, forward, attentions, patches, job)
         patches.set(transformer, "forward", door)

@@ -27,15 +27,17 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cocodiff.mesh", "cocodiff.lanes"),
     ("cocodiff.exchange",),
     ("cocodiff.engine",),
+    ("cocodiff.flight",),
     ("cocodiff.attention",),
     ("cocodiff.blocks",),
     ("cocodiff.models",),
+    ("cocodiff.branches",),
     ("cocodiff.door",),
     ("cocodiff.attachment",),
     ("cocodiff.wrap",),
     ("cocodiff",),  # the public names: cocodiff/__init__.py
-    ("cocodiff.doctor",),
     ("cocodiff.bench",),
+    ("cocodiff.doctor",),
     ("cocodiff.cli",),
 )
 

@@ -25,7 +25,7 @@ from cocodiff.exchange.flat import AllToAll
 from cocodiff.exchange.layout import Traffic
 from cocodiff.launch.agree import gather_json
 from cocodiff.launch.job import Job
-from cocodiff.mesh import Mesh
+from cocodiff.mesh import Degrees, Mesh
 from cocodiff.topology import Cluster, Measured, load_cluster
 
 SCHEMA = "cocodiff-collectives/1"
@@ -47,7 +47,7 @@ def run_collectives(
     if job.world_size == 1 or job.host_group is None:
         raise ConfigError("one rank has nothing to exchange: start the bench under a launcher, or with --ranks.")
     shape, _ = load_cluster(cluster, job.hosts, job.device.type)
-    mesh = Mesh.create(shape, None, job.backend, job.host_group)
+    mesh = Mesh.create(shape, Degrees(1, 1, job.world_size), job.backend, job.host_group)
     engine = Engine(Config(cluster=cluster), mesh, job.device)
     names = [shape.levels[level].name for level in mesh.level_groups]
     rows: list[dict[str, Any]] = []
@@ -83,17 +83,17 @@ def _slowest(run: Callable[[], Any], job: Job) -> float:
 
 
 def _ours(engine: Engine, exchange: Exchange, size: int) -> Callable[[], Any]:
-    ranks = engine.mesh.world_size
+    ranks = engine.mesh.ulysses.size
     traffic = Traffic((1,) * ranks, (1,) * ranks, size // 4 // ranks)
     send = torch.ones(traffic.unit * ranks, device=engine.device)
     return lambda: exchange.start(send, traffic, "bench").wait()
 
 
 def _theirs(engine: Engine, size: int) -> Callable[[], Any]:
-    ranks = engine.mesh.world_size
+    ranks = engine.mesh.ulysses.size
     send = torch.ones(size // 4 // ranks * ranks, device=engine.device)
     recv = torch.empty_like(send)
-    return lambda: dist.all_to_all_single(recv, send, group=engine.mesh.flat_group)
+    return lambda: dist.all_to_all_single(recv, send, group=engine.mesh.ulysses.group)
 
 
 def _level(engine: Engine, level: int, size: int) -> Callable[[], Any]:
@@ -126,7 +126,7 @@ def _with_measurements(mesh: Mesh, rows: Sequence[dict[str, Any]]) -> Cluster:
         size = mesh.cluster.sizes[level]
         alpha, beta = fit(points(f"level {levels[level].name}"), size)
         levels[level] = replace(levels[level], latency_us=alpha * 1e6, bandwidth_gbs=beta / 1e9)
-    measured = Measured(mesh.world_size, points("flat"), points("staged"))
+    measured = Measured(mesh.ulysses.size, points("flat"), points("staged"))
     return replace(mesh.cluster, levels=tuple(levels), measured=measured)
 
 

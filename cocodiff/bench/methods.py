@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from cocodiff.exchange import Exchange
 from cocodiff.exchange.layout import Traffic
 from cocodiff.lanes import Lane, Ticket
 from cocodiff.launch.job import Job
-from cocodiff.models import FAMILIES
+from cocodiff.models import FAMILIES, Family
 from cocodiff.topology import load_cluster
 from cocodiff.wrap import make_door
 
@@ -54,31 +56,67 @@ class Method:
         self.name, self.step, self.engine, self.everyone, self.around = name, step, engine, everyone, around
 
 
-def make_method(name: str, model: torch.nn.Module, shape: Shape, job: Job, cluster: str) -> Method:
-    """Collective. Raises where the method cannot run this shape on these ranks: its row says why."""
-    inputs = build_inputs(shape, job.device)
+def make_method(
+    name: str,
+    model: torch.nn.Module,
+    shape: Shape,
+    job: Job,
+    cluster: str,
+    degrees: Mapping[str, int] = MappingProxyType({}),
+    guided: bool = False,
+) -> Method:
+    """Collective. Raises where the method cannot run this shape on these ranks: its row says why.
+
+    Args:
+        degrees: of the mesh of `exact`.
+        guided: a step computes two branches.
+    """
     if name == "single":
         alone = _copy(model).to(job.device) if job.is_main else None
-        return Method(name, lambda: alone(**inputs).sample, everyone=False)  # type: ignore[misc]
+        return Method(name, _step(alone, shape, job, guided), everyone=False)
     if job.world_size == 1:
         raise ConfigError("one rank has nothing to exchange: start the bench under a launcher, or with --ranks")
     if name == "diffusers":
-        return _diffusers(model, shape, job, inputs)
-    configs = {
-        "ulysses": Config(exchange="flat", schedule="sequential", cluster=cluster),
-        "exact": Config(cluster=cluster),
-    }
-    return _ours(name, configs[name], _copy(model), shape, job, inputs)
+        return _diffusers(model, shape, job, guided)
+    baseline = Config(exchange="flat", schedule="sequential", cluster=cluster, ulysses_degree=job.world_size)
+    config = baseline if name == "ulysses" else Config(cluster=cluster, **degrees)
+    return _ours(name, config, _copy(model), shape, job, guided)
 
 
-def _ours(name: str, config: Config, model: Any, shape: Shape, job: Job, inputs: dict[str, Any]) -> Method:
+def _step(model: Any, shape: Shape, job: Job, guided: bool) -> Callable[[], Tensor]:
+    """One step as pipelines do it: one call, or one for each branch, or one with both in its batch."""
+    branches = [build_inputs(shape, job.device, branch) for branch in range(2 if guided else 1)]
+    batched = _family(shape).batched
+    if guided and batched:
+        both = {
+            name: torch.cat([one[name] for one in branches]) if name in batched else branches[0][name]
+            for name in branches[0]
+        }
+        branches = [both]
+
+    def step() -> Tensor:
+        # A tuple: diffusers' own context parallelism cannot take another output apart.
+        outputs = [model(**inputs, return_dict=False)[0] for inputs in branches]
+        if guided and batched:
+            outputs = list(outputs[0].chunk(2))
+        return outputs[-1] + 3.0 * (outputs[0] - outputs[-1]) if guided else outputs[0]
+
+    return step
+
+
+def _family(shape: Shape) -> Family:
+    return next(family for family in FAMILIES if family.name == shape.family)
+
+
+def _ours(name: str, config: Config, model: Any, shape: Shape, job: Job, guided: bool) -> Method:
     cluster, _ = load_cluster(config.cluster, job.hosts, job.device.type)
-    family = next(family for family in FAMILIES if family.name == shape.family)
+    family = _family(shape)
     door = make_door(model.to(job.device), family, config, cluster, replace(job, shared=True))
-    return Method(name, lambda: model(**inputs).sample, door.engine, around=door.in_pipeline)
+    around = partial(door.in_pipeline, guided and not family.batched)
+    return Method(name, _step(model, shape, job, guided), door.engine, around=around)
 
 
-def _diffusers(model: Any, shape: Shape, job: Job, inputs: dict[str, Any]) -> Method:
+def _diffusers(model: Any, shape: Shape, job: Job, guided: bool) -> Method:
     """As its documentation says, with what it needs besides: see the comments."""
     from diffusers import ContextParallelConfig
 
@@ -91,8 +129,7 @@ def _diffusers(model: Any, shape: Shape, job: Job, inputs: dict[str, Any]) -> Me
     theirs = _copy(model).to(job.device)
     with _one_accelerator():
         theirs.enable_parallelism(config=ContextParallelConfig(ulysses_degree=job.world_size))
-    # Its gather cannot take the output apart, hence return_dict=False.
-    return Method("diffusers", lambda: theirs(**inputs, return_dict=False)[0])
+    return Method("diffusers", _step(theirs, shape, job, guided))
 
 
 def _copy(model: Any) -> Any:
@@ -129,14 +166,14 @@ def _stretched(x: Tensor, numel: int) -> Tensor:
     return torch.cat([x] * (numel // x.numel()) + [x[: numel % x.numel()]])
 
 
-def compute_method(model: Any, shape: Shape, job: Job, cluster: str) -> Method:
+def compute_method(model: Any, shape: Shape, job: Job, cluster: str, guided: bool = False) -> Method:
     """What all ranks compute together when exchanges cost a copy: `ulysses` with nothing sent."""
-    config = Config(exchange="flat", schedule="sequential", cluster=cluster)
-    method = _ours("compute", config, _copy(model), shape, job, build_inputs(shape, job.device))
+    config = Config(exchange="flat", schedule="sequential", cluster=cluster, ulysses_degree=job.world_size)
+    method = _ours("compute", config, _copy(model), shape, job, guided)
     engine = method.engine
     assert engine is not None
-    engine.flat = LocalExchange(engine.flat, engine.rank, engine.outer_lane)
-    engine.differs = lambda tensors: torch.tensor(False)  # type: ignore[method-assign]
+    engine.flat = LocalExchange(engine.flat, engine.rank, engine.lane(engine.mesh.ulysses))
+    engine.differs = lambda tensors, axis=None: torch.tensor(False)  # type: ignore[method-assign]
     engine.gather = lambda x, stream: torch.cat([x] * job.world_size, dim=1)  # type: ignore[method-assign]
     return method
 

@@ -35,9 +35,9 @@ def build_transformer(shape: Shape) -> nn.Module:
     return model.to(getattr(torch, shape.dtype)).eval()
 
 
-def build_inputs(shape: Shape, device: torch.device) -> dict[str, Any]:
-    """One step's input; the same on every rank."""
-    generator, dtype = torch.Generator().manual_seed(1), getattr(torch, shape.dtype)
+def build_inputs(shape: Shape, device: torch.device, branch: int = 0) -> dict[str, Any]:
+    """One step's input, of the first branch of guidance or the second; the same on every rank."""
+    generator, dtype = torch.Generator().manual_seed(1 + branch), getattr(torch, shape.dtype)
 
     def rand(*sizes: int) -> Tensor:
         return torch.randn(sizes, generator=generator).to(dtype)

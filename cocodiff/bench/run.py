@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -49,11 +49,14 @@ def run_bench(
     repeat: int,
     say: Callable[[str], None],
     trace: Path | None = None,
+    meshes: Sequence[Mapping[str, int]] = ({},),
 ) -> dict[str, Any]:
     """Every method once to warm up, then `repeat` rounds of all in turn, `steps` steps each. Collective.
 
     Args:
         trace: a folder; one more step of each method of ours is recorded there, in a folder of its name.
+        meshes: degrees of `exact`, which runs with each of them. Where one has cfg_degree=2, a step of every method
+            computes two branches.
 
     Returns:
         the result as JSON values; docs/bench.md has the schema. Rank 0's is the one to show.
@@ -61,11 +64,14 @@ def run_bench(
     if unknown := [name for name in names if name not in DESCRIPTIONS]:
         raise ConfigError(f"--methods {','.join(unknown)}: there are {', '.join(DESCRIPTIONS)}.")
     model = build_transformer(shape)
-    makers: dict[str, Callable[[], Method]] = {
-        name: partial(make_method, name, model, shape, job, cluster) for name in names
-    }
+    guided = any(mesh.get("cfg_degree", 1) > 1 for mesh in meshes)
+    makers: dict[str, Callable[[], Method]] = {}
+    for name in names:
+        for mesh in meshes if name == "exact" else ({},):
+            words = [name, *(f"{axis.removesuffix('_degree')}{degree}" for axis, degree in mesh.items())]
+            makers[" ".join(words)] = partial(make_method, name, model, shape, job, cluster, mesh, guided)
     if job.world_size > 1:
-        makers[COMPUTE] = partial(compute_method, model, shape, job, cluster)
+        makers[COMPUTE] = partial(compute_method, model, shape, job, cluster, guided)
     records = {name: _warmed_up(maker, job) for name, maker in makers.items()}
     running = {name: record for name, record in records.items() if record.error is None}
     say(f"warmed up: {', '.join(running)}")
@@ -77,14 +83,15 @@ def run_bench(
             record.seconds.append(_time(record.method, steps, job)[0])
         say(f"round {round_index + 1} of {repeat}")
     engines = [record.method.engine for record in running.values() if record.method and record.method.engine]
-    rates = {level: goodput(engines[0], level) for level in engines[0].mesh.level_groups} if engines else {}
+    flat = next((engine for engine in engines if engine.mesh.ulysses.size == job.world_size), None)
+    rates = {} if flat is None else {level: goodput(flat, level) for level in flat.mesh.level_groups}
     if trace is not None:
         for name, record in running.items():
             if record.method is not None and record.method.engine is not None and name != COMPUTE:
                 with record.method.engine.recording() as timeline:
                     _time(record.method, 1, job)
                 write_trace(timeline, trace / name, job.rank)
-    return _result(shape, records, job, engines, rates, steps)
+    return _result(shape, records, job, engines, rates, steps, 2 if guided else 1)
 
 
 def _warmed_up(make: Callable[[], Method], job: Job) -> Record:
@@ -131,7 +138,13 @@ def _everyone(value: Any, job: Job) -> list[Any]:
 
 
 def _result(
-    shape: Shape, records: dict[str, Record], job: Job, engines: list, rates: dict[int, float], steps: int
+    shape: Shape,
+    records: dict[str, Record],
+    job: Job,
+    engines: list,
+    rates: dict[int, float],
+    steps: int,
+    branches: int,
 ) -> dict[str, Any]:
     compute = statistics.median(records[COMPUTE].seconds) if COMPUTE in records and not records[COMPUTE].error else None
     cluster = engines[0].mesh.cluster if engines else None
@@ -143,13 +156,16 @@ def _result(
         if name == COMPUTE:
             continue
         if record.error is not None:
-            methods[name] = {"description": DESCRIPTIONS[name], "error": record.error}
+            methods[name] = {"description": DESCRIPTIONS[name.split()[0]], "error": record.error}
             continue
         median = statistics.median(record.seconds)
         links = None if cluster is None or None in sent else busiest_links(sent, sizes)
         limit = _limit(compute, links, rates)
         methods[name] = {
-            "description": DESCRIPTIONS[name],
+            "description": DESCRIPTIONS[name.split()[0]],
+            "mesh": None
+            if record.method is None or record.method.engine is None
+            else str(record.method.engine.mesh.degrees),
             "seconds_per_step": {
                 "median": median,
                 "min": min(record.seconds),
@@ -170,6 +186,7 @@ def _result(
         "cluster": None if cluster is None else asdict(cluster) | {"goodput_gbs": _named(rates, cluster)},
         "shape": shape.as_json(),
         "steps": steps,
+        "branches": branches,
         "compute_seconds": compute,
         "methods": methods,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shlex
 import sys
@@ -13,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from cocodiff.cli.start import start_ranks
+from cocodiff.config import DEGREES
 from cocodiff.errors import ConfigError
 
 bench_app = typer.Typer(help="Seconds, bytes and limits of several methods, in turn within one run.")
@@ -27,7 +29,10 @@ def bench(
     ] = "flux-dev",
     scale: Annotated[str, typer.Option(help="Of tokens x width, and of the number of blocks.")] = "1/16",
     methods: Annotated[str, typer.Option(help="With commas.")] = "single,diffusers,ulysses,exact",
-    steps: Annotated[int, typer.Option(min=1, help="Forwards in each timing.")] = 1,
+    cfg_degree: Annotated[str | None, typer.Option(help="Of `exact`; 1,2 runs it with each.")] = None,
+    ring_degree: Annotated[str | None, typer.Option(help="Of `exact`; 1,2 runs it with each.")] = None,
+    ulysses_degree: Annotated[str | None, typer.Option(help="Of `exact`; with commas, each.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps in each timing.")] = 1,
     repeat: Annotated[int, typer.Option(min=1, help="Timings of each method.")] = 5,
     tokens: Annotated[int | None, typer.Option(min=1, help="Image tokens, instead of the shape's.")] = None,
     text: Annotated[int | None, typer.Option(min=1, help="Text tokens.")] = None,
@@ -69,7 +74,8 @@ def bench(
     job = start_job(device)
     say = (lambda text: print(text, file=sys.stderr)) if job.is_main else (lambda text: None)
     with job.watched("cocodiff bench"):
-        result = run_bench(chosen, methods.split(","), job, cluster, steps, repeat, say, trace)
+        meshes = _meshes(cfg_degree, ring_degree, ulysses_degree)
+        result = run_bench(chosen, methods.split(","), job, cluster, steps, repeat, say, trace, meshes)
     if not job.is_main:
         return
     command = os.environ.get("EMULATED_COMMAND") or shlex.join(["cocodiff", *sys.argv[1:]])
@@ -128,6 +134,17 @@ def _fraction(text: str) -> Fraction:
         return Fraction(text)
     except (ValueError, ZeroDivisionError):
         raise ConfigError(f"--scale {text} is no number: write 1/16 or 0.0625.") from None
+
+
+def _meshes(*options: str | None) -> list[dict[str, int]]:
+    """All combinations of the degrees that were named."""
+    choices = []
+    for name, text in zip(DEGREES, options, strict=True):
+        parts = [] if text is None else text.split(",")
+        if not all(part.isdecimal() and int(part) for part in parts):
+            raise ConfigError(f"--{name.replace('_', '-')} {text}: write whole numbers, with commas.")
+        choices.append([{name: int(part)} for part in parts] or [{}])
+    return [cfg | ring | ulysses for cfg, ring, ulysses in itertools.product(*choices)]
 
 
 def _layers(text: str) -> tuple[int, int]:

@@ -37,6 +37,9 @@ def generate(
     exchange: str = "auto",
     schedule: str = "v_first",
     cluster: Annotated[str, typer.Option(help="auto, a preset's name or a JSON file.")] = "auto",
+    cfg_degree: Annotated[int | None, typer.Option(min=1, help="2: a half of the ranks for each branch.")] = None,
+    ring_degree: Annotated[int | None, typer.Option(min=1, help="Parts whose keys and values travel.")] = None,
+    ulysses_degree: Annotated[int | None, typer.Option(min=1, help="Ranks that share a part by heads.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Record all lanes into this folder, a file a rank.")] = None,
     compare: Annotated[bool, typer.Option(help="Draw on one rank, too, and say how the pictures differ.")] = False,
 ) -> None:
@@ -50,7 +53,8 @@ def generate(
     from cocodiff.report import write_trace
     from cocodiff.wrap import attach
 
-    config = Config(exchange=exchange, schedule=schedule, cluster=cluster)
+    degrees = dict(cfg_degree=cfg_degree, ring_degree=ring_degree, ulysses_degree=ulysses_degree)
+    config = Config(exchange=exchange, schedule=schedule, cluster=cluster, **degrees)
     call: dict[str, Any] = dict(prompt=prompt, height=height, width=width, num_inference_steps=steps, output_type="np")
     if guidance is not None:
         call["guidance_scale"] = guidance

@@ -2,6 +2,7 @@
 
 from cocodiff.exchange.flat import FlatExchange
 from cocodiff.exchange.layout import Layout, split_sizes
+from cocodiff.exchange.ring import Ring
 from cocodiff.exchange.staged import StagedExchange
 from cocodiff.exchange.ulysses import Exchange, Pending, gather_equal, gather_rows, to_heads, to_sequence
 
@@ -10,6 +11,7 @@ __all__ = [
     "FlatExchange",
     "Layout",
     "Pending",
+    "Ring",
     "StagedExchange",
     "gather_equal",
     "gather_rows",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch.distributed as dist
 from torch import Tensor
 
@@ -15,17 +17,20 @@ class FlatExchange:
 
     Args:
         sizes: ranks per level, innermost first: which level a message crosses.
-        group: the ranks; its group ranks are the sources and destinations of `Traffic`.
+        rank: this one's place among the sources and destinations of `Traffic`.
+        group: the ranks, in that order; None for one rank alone, which has nothing to send.
         lane: the lane of the slowest link the group crosses; `group` is used by this lane alone.
         tally: counts what is sent.
     """
 
     name = "flat"
 
-    def __init__(self, sizes: tuple[int, ...], group: dist.ProcessGroup, lane: Lane, tally: Tally) -> None:
-        self._sizes, self._group, self._lane, self._tally = sizes, group, lane, tally
-        self._rank, self._started = group.rank(), 0
-        self.order = tuple(range(group.size()))
+    def __init__(
+        self, sizes: tuple[int, ...], rank: int, group: dist.ProcessGroup | None, lane: Lane, tally: Tally
+    ) -> None:
+        self._sizes, self._rank, self._group, self._lane, self._tally = sizes, rank, group, lane, tally
+        self._started = 0
+        self.order = tuple(range(math.prod(sizes)))
 
     def start(self, send: Tensor, traffic: Traffic, label: str, out: Tensor | None = None) -> Ticket:
         rank, ranks = self._rank, self.order
@@ -33,6 +38,8 @@ class FlatExchange:
         recv_splits = [traffic.block(peer, rank) for peer in ranks]
         self._tally.add(label, [count * send.itemsize for count in sent_flat(traffic, self._sizes, rank)])
         self._started += 1
+        if self._group is None:
+            return self._lane.submit(lambda x: x if out is None else out.copy_(x), send, label)
         return self._lane.submit(AllToAll(send_splits, recv_splits, self._group, self._started, out), send, label)
 
 

@@ -120,6 +120,30 @@ def outer_difference(rank: int, other: int, sizes: Sequence[int]) -> int:
     return max(level for level, (mine, theirs) in enumerate(pairs) if mine != theirs)
 
 
+def axis_sizes(sizes: tuple[int, ...], stride: int, size: int) -> tuple[int, ...]:
+    """The sizes, level by level, of an axis of a mesh: `size` ranks, each `stride` ranks after the one before.
+
+    Where an axis does not fit the levels (some of its groups begin or end inside a part) all of it counts at the
+    outermost level that one of them crosses.
+
+    >>> axis_sizes((2, 6, 4), 1, 12), axis_sizes((2, 6, 4), 12, 4), axis_sizes((3, 2), 1, 2)
+    ((2, 6, 1), (1, 1, 4), (1, 2))
+    """
+    end, inner, found = stride * size, 1, []
+    bounds = {stride, end}
+    for parts in sizes:
+        outer = inner * parts
+        found.append(max(1, min(end, outer) // max(stride, inner)))
+        bounds.add(outer)
+        inner = outer
+    ordered = sorted(bounds)
+    if size == 1 or all(larger % smaller == 0 for smaller, larger in zip(ordered, ordered[1:], strict=False)):
+        return tuple(found)
+    starts = [rank for rank in range(inner) if rank // stride % size == 0]
+    crossed = max(outer_difference(start, start + (size - 1) * stride, sizes) for start in starts)
+    return tuple(size if level == crossed else 1 for level in range(len(sizes)))
+
+
 @lru_cache(maxsize=4096)
 def sent_flat(traffic: Traffic, sizes: tuple[int, ...], rank: int) -> tuple[int, ...]:
     """Elements that this rank sends through each level in one flat exchange."""

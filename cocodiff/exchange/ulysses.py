@@ -35,11 +35,16 @@ class Pending:
 
     def __init__(self, ticket: Ticket, unpack: Callable[[Tensor], Tensor]) -> None:
         self._ticket: Ticket | None = ticket
-        self._unpack = unpack
+        self.unpack = unpack
+
+    @property
+    def ticket(self) -> Ticket:
+        """Of the elements as they arrive, one-dimensional."""
+        assert self._ticket is not None, "an exchange is waited for once"
+        return self._ticket
 
     def wait(self) -> Tensor:
-        assert self._ticket is not None, "an exchange is waited for once"
-        received = self._unpack(self._ticket.wait())
+        received = self.unpack(self.ticket.wait())
         self._ticket = None  # from here on what was sent may be freed
         return received
 

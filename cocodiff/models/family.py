@@ -31,6 +31,9 @@ class Family:
         cuts: arguments of forward that are cut at the door; tensors, or lists of them. (Others are whole, and what
             enters the first block is cut there, see `Blocks`.)
         install: puts our processors and block forwards into one transformer; gives the attention modules they serve.
+        guided: of a pipeline and its call's arguments: whether it calls the transformer twice a step, for guidance.
+        output_shape: of the transformer and its forward's arguments: the shape of what comes back.
+        batched: arguments of forward that have a batch, in a family whose batch holds both branches of guidance.
         refused: argument of forward, or entry of its attention kwargs -> why it cannot work yet.
         transformers: the components of a pipeline that run on shards; those a pipeline has not are left out.
     """
@@ -40,5 +43,11 @@ class Family:
     token_counts: Callable[[Any, dict[str, Any]], dict[str, int]]
     cuts: Mapping[str, Cut]
     install: Callable[[Engine, Any, Patches], list[nn.Module]]
+    guided: Callable[[Any, dict[str, Any]], bool] = lambda pipeline, call: False
+    output_shape: Callable[[Any, dict[str, Any]], tuple[int, ...]] = lambda transformer, given: (
+        *given["hidden_states"].shape[:-1],
+        transformer.proj_out.out_features,
+    )
+    batched: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
     transformers: tuple[str, ...] = ("transformer",)

@@ -35,7 +35,7 @@ def double_layer(
         _mods(block.norm1, temb, 6), block.norm1.norm, projections(attn, added=False),
         (attn.norm_q, attn.norm_k), to_out(attn), block.norm2, block.ff,
     )  # fmt: skip
-    return JointLayer(engine, attn, [text, image], engine.tokens.mine(engine.rank), temb.itemsize, image_rotary_emb)
+    return JointLayer(attn, [text, image], engine.tokens.mine, temb.itemsize, image_rotary_emb)
 
 
 def single_layer(
@@ -53,7 +53,7 @@ def single_layer(
         attn.norm_q, attn.norm_k,
     )  # fmt: skip
     return ParallelLayer(
-        engine, attn, stream, engine.tokens.mine(engine.rank), temb.itemsize, image_rotary_emb,
+        attn, stream, engine.tokens.mine, temb.itemsize, image_rotary_emb,
         mlp=lambda layer: block.act_mlp(block.proj_mlp(layer.normed_all())), out=lambda x: gate * block.proj_out(x),
     )  # fmt: skip
 
@@ -82,6 +82,12 @@ def token_counts(transformer: Any, given: dict[str, Any]) -> dict[str, int]:
     return {"text": given["encoder_hidden_states"].shape[1], "image": given["hidden_states"].shape[1]}
 
 
+def guided(pipeline: Any, call: dict[str, Any]) -> bool:
+    embeds = (call.get(f"negative_{name}_embeds") for name in ("prompt", "pooled_prompt"))
+    negative = call.get("negative_prompt") is not None or all(value is not None for value in embeds)
+    return call.get("true_cfg_scale", 1.0) > 1 and negative
+
+
 IP_ADAPTER = "IP-Adapters attend to their image tokens in a processor of their own, which cocodiff does not have yet"
 
 FLUX = Family(
@@ -104,5 +110,6 @@ FLUX = Family(
         "controlnet_single_block_samples": Cut("image"),
     },
     install=install,
+    guided=guided,
     refused={"ip_adapter_image_embeds": IP_ADAPTER, "ip_hidden_states": IP_ADAPTER},
 )

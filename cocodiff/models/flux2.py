@@ -38,8 +38,8 @@ def double_layer(
         lambda rows: image_mods, block.norm1, projections(attn, added=False),
         (attn.norm_q, attn.norm_k), to_out(attn), block.norm2, block.ff,
     )  # fmt: skip
-    lengths = engine.tokens.mine(engine.rank)
-    return JointLayer(engine, attn, [text, image], lengths, temb_mod_img.itemsize, image_rotary_emb)
+    lengths = engine.tokens.mine
+    return JointLayer(attn, [text, image], lengths, temb_mod_img.itemsize, image_rotary_emb)
 
 
 def single_layer(
@@ -61,7 +61,7 @@ def single_layer(
         attn.norm_k,
     )
     return ParallelLayer(
-        engine, attn, stream, [sum(engine.tokens.mine(engine.rank))], temb_mod.itemsize, image_rotary_emb,
+        attn, stream, [sum(engine.tokens.mine)], temb_mod.itemsize, image_rotary_emb,
         mlp=lambda layer: attn.mlp_act_fn(layer.project_all("mlp")), out=lambda x: gate * attn.to_out(x),
     )  # fmt: skip
 
@@ -92,5 +92,10 @@ FLUX2 = Family(
         "txt_ids": Cut("text"),
     },
     install=install,
+    guided=lambda pipeline, call: (
+        type(pipeline).__name__.startswith("Flux2Klein")
+        and call["guidance_scale"] > 1
+        and not pipeline.config.is_distilled
+    ),
     refused={"kv_cache_mode": "keys of reference images that are kept between steps lie on other ranks' heads"},
 )

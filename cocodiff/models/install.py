@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from cocodiff.attention import Layer
 from cocodiff.blocks import Blocks
 from cocodiff.errors import ConfigError, PatchError
+from cocodiff.flight import Layer
 from cocodiff.patches import Patches
 
 

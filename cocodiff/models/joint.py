@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from cocodiff.blocks import joined
-from cocodiff.engine import Engine
 from cocodiff.kernels import rotate_pairs
 from cocodiff.models.fused import Fused
 
@@ -56,7 +55,6 @@ class JointLayer:
 
     def __init__(
         self,
-        engine: Engine,
         attn: Any,
         streams: Sequence[Stream],
         lengths: Sequence[int],
@@ -64,12 +62,11 @@ class JointLayer:
         rotary: tuple[Tensor, Tensor] | None = None,
         mask: Tensor | None = None,
     ) -> None:
-        self.engine, self.attn, self.streams, self.rotary, self.mask = engine, attn, list(streams), rotary, mask
+        self.attn, self.streams, self.rotary, self.mask = attn, list(streams), rotary, mask
         self.num_heads: int = attn.heads
         self.width: int = attn.inner_dim
         self.itemsize = itemsize
         self.lengths = list(lengths)
-        self._key_mask: Tensor | None = None
         self._rows: dict[int, slice] = {}
         self.residual: dict[int, tuple[Tensor, ...]] = {}  # piece -> rows of each stream
         self.normed: dict[int, tuple[Tensor, ...]] = {}
@@ -91,14 +88,10 @@ class JointLayer:
         parts = zip(self.streams, self.project("q", list(self.normed)), strict=True)
         return self._rotated([_normed(stream.norm_query, part) for stream, part in parts], slice(None))
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         from diffusers.models.attention_dispatch import dispatch_attention_fn
 
-        if self.mask is not None and self._key_mask is None:
-            order = self.engine.layout(self.num_heads).order(len(self.normed))
-            self._key_mask = self.engine.tokens.exchanged(self.mask, order)[:, None, None, :]
-        backend = self.attn.processor._attention_backend
-        return dispatch_attention_fn(query, key, value, attn_mask=self._key_mask, backend=backend)
+        return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=self.attn.processor._attention_backend)
 
     def beside(self) -> Tensor | None:
         return None
@@ -148,7 +141,6 @@ class ParallelLayer(JointLayer):
 
     def __init__(
         self,
-        engine: Engine,
         attn: Any,
         stream: Stream,
         lengths: Sequence[int],
@@ -157,7 +149,7 @@ class ParallelLayer(JointLayer):
         mlp: Callable[[ParallelLayer], Tensor],
         out: Callable[[Tensor], Tensor],
     ) -> None:
-        super().__init__(engine, attn, [stream], [sum(lengths)], itemsize, rotary)
+        super().__init__(attn, [stream], [sum(lengths)], itemsize, rotary)
         self._parts, self._mlp, self._out = list(lengths), mlp, out
 
     def enter(self, piece: int, rows: slice, inputs: tuple[Tensor, ...]) -> None:

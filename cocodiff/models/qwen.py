@@ -31,14 +31,14 @@ def make_layer(
     modulate_index: Tensor | None = None,
 ) -> JointLayer:
     """One QwenImageTransformerBlock."""
-    attn, tokens, rank = block.attn, engine.tokens, engine.rank
+    attn, tokens = block.attn, engine.tokens
     text_temb = temb.chunk(2)[0] if block.zero_cond_t else temb  # the second half is for reference images
     text = gated_stream(
         _mods(block.txt_mod(text_temb)), block.txt_norm1, separate(attn, "add_q_proj", "add_k_proj", "add_v_proj"),
         (attn.norm_added_q, attn.norm_added_k), attn.to_add_out, block.txt_norm2, block.txt_mlp, clip=True,
     )  # fmt: skip
     if modulate_index is not None:
-        modulate_index = modulate_index[:, tokens.rows("image", rank)]
+        modulate_index = modulate_index[:, tokens.rows("image")]
     image = gated_stream(
         _mods(block.img_mod(temb), modulate_index), block.img_norm1, separate(attn, "to_q", "to_k", "to_v"),
         (attn.norm_q, attn.norm_k), to_out(attn), block.img_norm2, block.img_mlp, clip=True,
@@ -46,13 +46,13 @@ def make_layer(
     rotary = mask = None
     if image_rotary_emb is not None:
         of_image, of_text = image_rotary_emb
-        turns = torch.cat([of_text[tokens.rows("text", rank)], of_image[tokens.rows("image", rank)]])
+        turns = torch.cat([of_text[tokens.rows("text")], of_image[tokens.rows("image")]])
         turns = turns.repeat_interleave(2, dim=-1)
         rotary = turns.real, turns.imag
     if encoder_hidden_states_mask is not None:
         mask = encoder_hidden_states_mask
         mask = torch.cat([mask, mask.new_ones(mask.shape[0], sum(tokens.streams["image"]))], dim=1)
-    return JointLayer(engine, attn, [text, image], tokens.mine(rank), temb.itemsize, rotary, mask)
+    return JointLayer(attn, [text, image], tokens.mine, temb.itemsize, rotary, mask)
 
 
 def _mods(mods: Tensor, index: Tensor | None = None) -> Callable[[slice], list[Tensor]]:
@@ -82,4 +82,8 @@ QWEN = Family(
     token_counts=token_counts,
     cuts={},
     install=install,
+    guided=lambda pipeline, call: (
+        call["true_cfg_scale"] > 1
+        and (call["negative_prompt"] is not None or call["negative_prompt_embeds"] is not None)
+    ),
 )

@@ -6,7 +6,6 @@ nothing of the first: it runs beside it. The last block drops its text after att
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,10 +31,10 @@ def make_layer(
         lambda rows: mods[:6], norm.norm, projections(attn, added=False), (attn.norm_q, attn.norm_k),
         to_out(attn), block.norm2, block.ff,
     )  # fmt: skip
-    streams, lengths = [_text(block, temb), image], engine.tokens.mine(engine.rank)
+    streams, lengths = [_text(block, temb), image], engine.tokens.mine
     if block.use_dual_attention:
         return DualLayer(engine, block, streams, lengths, temb.itemsize, mods[6:])
-    return JointLayer(engine, attn, streams, lengths, temb.itemsize)
+    return JointLayer(attn, streams, lengths, temb.itemsize)
 
 
 def _text(block: Any, temb: Tensor) -> Stream:
@@ -66,20 +65,19 @@ class DualLayer(JointLayer):
         itemsize: int,
         mods: list[Tensor],
     ) -> None:
-        super().__init__(engine, block.attn, streams, lengths, itemsize)
-        self._block, self._mods = block, mods
+        super().__init__(block.attn, streams, lengths, itemsize)
+        self._engine, self._block, self._mods = engine, block, mods
 
     def beside(self) -> Tensor:
         """The second attention's gated output; nothing for text, so that it has the rows of the block."""
-        attn, (shift, scale, gate), engine = self._block.attn2, self._mods, self.engine
+        attn, (shift, scale, gate) = self._block.attn2, self._mods
         norm, image = self._block.norm1.norm, torch.cat([image for _, image in self.residual.values()], dim=1)
         stream = Stream(
             lambda x, rows: norm(x) * (1 + scale) + shift, projections(attn, added=False), attn.norm_q, attn.norm_k
         )
-        second = JointLayer(engine, attn, [stream], [image.shape[1]], self.itemsize)
+        second = JointLayer(attn, [stream], [image.shape[1]], self.itemsize)
         second.enter(0, slice(0, image.shape[1]), (image,))
-        seq_lens, layout = engine.tokens.streams["image"], engine.layout(second.num_heads)
-        out = gate * to_out(attn)(attended_whole(engine, second, replace(layout, seq_lens=seq_lens)))
+        out = gate * to_out(attn)(attended_whole(self._engine, second, "image"))
         return torch.cat([out.new_zeros(out.shape[0], self.lengths[0], out.shape[2]), out], dim=1)
 
     def finish(self, piece: int, attended: Tensor, beside: Tensor | None) -> Any:
@@ -107,5 +105,6 @@ SD3 = Family(
     token_counts=token_counts,
     cuts={"encoder_hidden_states": Cut("text")},
     install=install,
+    batched=("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep"),
     refused={"ip_adapter_image_embeds": IP_ADAPTER, "ip_hidden_states": IP_ADAPTER},
 )

@@ -45,9 +45,9 @@ def make_layer(
         projections = Fused(attn.to_qkv, dict.fromkeys("qkv", attn.inner_dim))
     norm_query, norm_key = (partial(_across_heads, norm) for norm in (attn.norm_q, attn.norm_k))
     stream = Stream(modulated, projections, norm_query, norm_key, finish)
-    mine, lengths = engine.tokens.rows("video", engine.rank), engine.tokens.mine(engine.rank)
+    mine, lengths = engine.tokens.rows("video"), engine.tokens.mine
     cos, sin = (angles[0, mine, 0] for angles in rotary_emb)
-    return JointLayer(engine, attn, [stream], lengths, encoder_hidden_states.itemsize, (cos, sin))
+    return JointLayer(attn, [stream], lengths, encoder_hidden_states.itemsize, (cos, sin))
 
 
 def _across_heads(norm: nn.Module, x: Tensor) -> Tensor:
@@ -74,5 +74,11 @@ WAN = Family(
     token_counts=token_counts,
     cuts={"timestep": Cut("video", dim=1)},
     install=install,
+    guided=lambda pipeline, call: call["guidance_scale"] > 1,
+    output_shape=lambda transformer, given: (
+        given["hidden_states"].shape[0],
+        transformer.config.out_channels,
+        *given["hidden_states"].shape[2:],
+    ),
     transformers=("transformer", "transformer_2"),
 )

@@ -152,6 +152,15 @@ class Cluster:
             )
         return dataclasses.replace(self, levels=tuple(resolved))
 
+    def with_sizes(self, sizes: tuple[int, ...]) -> Cluster:
+        """Some of these ranks: the same links, other sizes; what was measured counts for all ranks alone."""
+        if sizes == self.sizes:
+            return self
+        levels = zip(self.levels, sizes, strict=True)
+        return dataclasses.replace(
+            self, levels=tuple(dataclasses.replace(level, size=size) for level, size in levels), measured=None
+        )
+
     def to_json(self) -> str:
         """This cluster in the form the module's docstring describes."""
         return json.dumps(dataclasses.asdict(self), indent=2)

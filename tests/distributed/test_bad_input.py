@@ -24,7 +24,7 @@ def _wrapping():
 
     said = {}
     pipe = flux_pipeline(heads=2)
-    said["heads"] = _message(ValueError, lambda: cocodiff.wrap(pipe))
+    said["heads"] = _message(ValueError, lambda: cocodiff.wrap(pipe, ulysses_degree=3))
     pipe = flux_pipeline()
     said["preset"] = _message(ValueError, lambda: cocodiff.wrap(pipe, cluster="auror"))
     levels = (cocodiff.Level("gpu", 2, 100.0, 1.0), cocodiff.Level("node", None, 10.0, 1.0))
@@ -54,7 +54,7 @@ def test_wrap_refuses_with_the_numbers():
         "heads": "2 attention heads cannot be shared among 3 ranks",
         "preset": "aurora",
         "levels": "3",
-        "degree": "ulysses_degree=2 on 3 ranks",
+        "degree": "ulysses_degree 2 on 3 ranks",
         "field": "exchagne",
         "choice": "'fast'",
         "unsupported": "FluxKontextPipeline",
@@ -197,8 +197,10 @@ def _unwrap_while_a_lane_waits():
 
     pipe = cocodiff.wrap(flux_pipeline())
     if dist.get_rank() == 0:
-        group = pipe.cocodiff.engine.mesh.flat_group
-        pipe.cocodiff.engine.outer_lane.submit(lambda x: dist.all_reduce(x, group=group) and x, torch.ones(1), "alone")
+        group = pipe.cocodiff.engine.mesh.everyone.group
+        pipe.cocodiff.engine.lane(pipe.cocodiff.mesh.ulysses).submit(
+            lambda x: dist.all_reduce(x, group=group) and x, torch.ones(1), "alone"
+        )
     call = flux_call("text2image")
     refused = _message(ValueError, lambda: pipe(**call))
     return refused, cocodiff.wrap(cocodiff.unwrap(pipe))(**call).images

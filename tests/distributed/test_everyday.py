@@ -175,7 +175,7 @@ def test_pipelines_that_share_a_transformer_and_the_class_form():
 
 def _controlled():
     import cocodiff
-    from cocodiff.attention import Flight
+    from cocodiff.flight import Flight
 
     pipe, call = controlnet_pipeline(), flux_call("text2image")
     call = {name: value for name, value in call.items() if "negative" not in name and name != "true_cfg_scale"}

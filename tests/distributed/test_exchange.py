@@ -22,14 +22,14 @@ def _engine(sizes, exchange="auto", schedule="v_first"):
 
     from cocodiff.config import Config
     from cocodiff.engine import Engine
-    from cocodiff.mesh import Mesh
+    from cocodiff.mesh import Degrees, Mesh
     from cocodiff.topology import Cluster, Level
 
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     levels = tuple(Level(f"level {i}", size, 0.001, 1000.0) for i, size in enumerate(sizes))
     host = dist.new_group(backend="gloo")
-    mesh = Mesh.create(Cluster("test", levels), None, "gloo", host)
+    mesh = Mesh.create(Cluster("test", levels), Degrees(1, 1, host.size()), "gloo", host)
     return Engine(Config(exchange=exchange, schedule=schedule), mesh, torch.device("cpu"))
 
 
@@ -43,7 +43,7 @@ def _check_exchanges(all_sizes):
     wrong = []
     for sizes in all_sizes:
         engine = _engine(sizes)
-        rank, ranks = engine.rank, engine.mesh.world_size
+        rank, ranks = engine.rank, engine.mesh.ulysses.size
         for number, case in enumerate(CASES):
             for dtype in (torch.float32, torch.bfloat16):
                 torch.manual_seed(number)
@@ -80,7 +80,7 @@ def _local_copy_instead_of_exchange():
 
     engine = _engine((2, 2))
     layout = Layout((3, 3, 3, 3), (2, 2, 2, 2))
-    engine.flat.start = lambda send, traffic, label, out=None: engine.outer_lane.submit(
+    engine.flat.start = lambda send, traffic, label, out=None: engine.lane(engine.mesh.ulysses).submit(
         lambda x: x.clone(), send, label
     )
     torch.manual_seed(0)
@@ -98,7 +98,9 @@ def _plans():
     engine = _engine((2, 2))
     from cocodiff.exchange import Layout
 
-    return [engine.plan(Layout((n,) * 4, (2,) * 4), width, 4) for n, width in itertools.product((4, 4096), (16, 2048))]
+    return [
+        engine.plan([Layout((n,) * 4, (2,) * 4)], width, 4) for n, width in itertools.product((4, 4096), (16, 2048))
+    ]
 
 
 def _plan_names():
@@ -114,8 +116,9 @@ def _measured_choices():
     for ranks, faster in ((4, "flat"), (4, "staged"), (8, "flat")):
         times = {"flat": ((1, 2.0),), "staged": ((1, 2.0),)} | {faster: ((1, 1.0),)}
         cluster = dataclasses.replace(engine.mesh.cluster, measured=Measured(ranks, **times))
-        engine.mesh = dataclasses.replace(engine.mesh, cluster=cluster)
-        names.append(engine.plan(Layout((4,) * 4, (2,) * 4), 16, 4)[0].name)
+        axis = dataclasses.replace(engine.mesh.ulysses, cluster=cluster)
+        engine.mesh = dataclasses.replace(engine.mesh, ulysses=axis)
+        names.append(engine.plan([Layout((4,) * 4, (2,) * 4)], 16, 4)[0].name)
     return names
 
 

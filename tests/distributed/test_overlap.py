@@ -69,7 +69,7 @@ def _record(schedule):
     pipe, cluster = flux_pipeline(double=0, single=2), cocodiff.Cluster("test", (level,))
     cocodiff.wrap(pipe, schedule=schedule, exchange="flat", cluster=cluster)
     engine, gates = pipe.cocodiff.engine, Gates(SPANS[schedule])
-    lane = engine.outer_lane
+    lane = engine.lane(engine.mesh.ulysses)
     span, submit = engine.span, lane.submit
     engine.span = lambda label: gates.compute(label, span)
     lane.submit = lambda work, source, label: submit(gates.exchange(label, work), source, label)

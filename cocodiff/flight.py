@@ -1,0 +1,151 @@
+"""One attention layer under way: what it needs of a model family, and its keys and values on their way.
+
+Over the ulysses axis a rank gets all tokens of its part of the sequence, for a few heads; over the ring axis keys and
+values of the other parts come after them, for the same heads. Attention starts with the part that is here, and merges
+each that arrives (`cocodiff.kernels.partial`).
+
+Legend: B batch, S sequence, H heads, D head_dim, C channels; `_local` sizes belong to this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from cocodiff.engine import Engine
+from cocodiff.exchange import Pending, to_heads
+from cocodiff.kernels import attend_partial, merge_partial
+from cocodiff.kernels.partial import Partial
+
+
+class Layer(Protocol):
+    """One self-attention of a model family with the rows' work around it, cut where exchanges begin and end.
+
+    Rows are this rank's, in numbered pieces. `value`, `key` and `query` give `(B, rows, H, D)`, normed and rotated.
+    """
+
+    num_heads: int
+    width: int  # heads x head_dim
+    itemsize: int  # bytes of an element of V
+    mask: Tensor | None  # which keys may be attended to, bool (B, S), stream after stream; None where all may
+
+    def enter(self, piece: int, rows: slice, inputs: Any) -> None:
+        """Take the block's input for a piece; the other methods may now be called for it."""
+
+    def value(self, piece: int) -> Tensor: ...
+
+    def key(self, piece: int) -> Tensor: ...
+
+    def query(self) -> Tensor:
+        """Of all rows, which have entered: what need not be cut is not, since small matrix products are slow ones."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Softmax attention, `(B, S_query, H_local, D)`, on the device's own kernel; `mask` as in `Flight.key_mask`."""
+
+    def beside(self) -> Tensor | None:
+        """Work on all rows that attention does not need, `(B, rows, C)`; None where there is none."""
+
+    def finish(self, piece: int, attended: Tensor, beside: Tensor | None) -> Any:
+        """The rest of the block: the next block's input for this piece. `attended` is `(B, rows, H * D)`."""
+
+
+class Flight:
+    """One layer under way: V and K of the pieces that have entered are being exchanged.
+
+    Args:
+        stream: attend to its tokens alone, not to all.
+        whole: never cut into pieces.
+    """
+
+    def __init__(self, engine: Engine, layer: Layer, stream: str | None = None, whole: bool = False) -> None:
+        self.engine, self.layer = engine, layer
+        self.layouts = engine.layouts(layer.num_heads, stream)
+        self.exchange, count = engine.plan(self.layouts, layer.width, layer.itemsize)
+        self.parts = [layout.pieces(engine.rank, 1 if whole else count) for layout in self.layouts]
+        self.pieces = self.parts[engine.part]
+        self.pending: dict[tuple[str, int], list[Pending]] = {}  # (label, distance of the part) -> piece by piece
+        self._joined: dict[tuple[str, int], Tensor] = {}
+
+    def enter(self, piece: int, inputs: Any) -> None:
+        """Start what attention needs all rows of. Collective: all ranks enter the same pieces in the same order."""
+        self.layer.enter(piece, self.pieces[piece][0], inputs)
+        with self.engine.span("v"):
+            value = self.layer.value(piece)
+        self.send("v", piece, value)
+        with self.engine.span("k"):
+            key = self.layer.key(piece)
+        self.send("k", piece, key)
+
+    def send(self, label: str, piece: int, x: Tensor) -> None:
+        """A piece of V or K to the ranks of this part of the sequence, and from each of them on to the other parts."""
+        engine, layout = self.engine, self.pieces[piece][1]
+        batch, _, _, head_dim = x.shape
+        unit = batch * layout.num_heads[engine.rank] * head_dim
+        numels = [sum(part[piece][1].seq_lens) * unit for part in self.parts]
+        places = [self._place(label, distance, piece, x) for distance in range(len(self.parts))]
+        own = to_heads(self.exchange, x, layout, engine.rank, label, places[0])
+        arriving = [own]
+        if engine.ring is not None:
+            tickets = engine.ring.start(own.ticket, numels, x.itemsize, label, places[1:])
+            arriving += [Pending(ticket, own.unpack) for ticket in tickets]
+        for distance, pending in enumerate(arriving):
+            self.pending.setdefault((label, distance), []).append(pending)
+
+    def _place(self, label: str, distance: int, piece: int, x: Tensor) -> Tensor | None:
+        """Where attention will read the piece; None where there is one alone."""
+        if len(self.pieces) == 1:
+            return None
+        lengths = [sum(layout.seq_lens) for _, layout in self.parts[self._part(distance)]]
+        if piece == 0:
+            heads = self.pieces[0][1].num_heads[self.engine.rank]
+            self._joined[label, distance] = x.new_empty(sum(lengths), x.shape[0], heads, x.shape[-1])
+        start = sum(lengths[:piece])
+        return self._joined[label, distance][start : start + lengths[piece]].view(-1)  # never a copy
+
+    def _part(self, distance: int) -> int:
+        """Which part of the sequence is so many places before this one on the ring axis."""
+        return (self.engine.part - distance) % len(self.parts)
+
+    def joined(self, label: str, distance: int) -> Tensor:
+        """V or K of a part, `(B, S_part, H_local, D)`: piece by piece, and within a piece rank by rank."""
+        with self.engine.span(f"wait {label}"):
+            arrived = [pending.wait() for pending in self.pending.pop((label, distance))]
+        return arrived[0] if len(arrived) == 1 else self._joined.pop((label, distance)).transpose(0, 1)
+
+    def key_mask(self, distance: int) -> Tensor | None:
+        """Which keys of a part may be attended to, bool `(B, 1, 1, S_part)`, in the order of `joined`."""
+        if self.layer.mask is None:
+            return None
+        part = self._part(distance)
+        first = part * len(self.layouts[part].seq_lens)
+        order = [(first + rank, rows) for rank, rows in self.layouts[part].order(len(self.pieces))]
+        return self.engine.tokens.exchanged(self.layer.mask, order)[:, None, None, :]
+
+    def attended(self, queries: Sequence[Pending]) -> Iterator[Tensor]:
+        """Attention of each piece of queries over all keys, `(B, S_piece, H_local, D)`: parts as they arrive."""
+        span, last = self.engine.span, len(self.parts) - 1
+        arrived: list[Tensor] = []
+        merged: dict[int, Partial] = {}
+        for distance in range(len(self.parts)):
+            value, key, mask = self.joined("v", distance), self.joined("k", distance), self.key_mask(distance)
+            for piece, pending in enumerate(queries):
+                if distance == 0:
+                    with span("wait q"):
+                        arrived.append(pending.wait())
+                query = arrived[piece]
+                with span("attend"):
+                    if last == 0:
+                        output = self.layer.attend(query, key, value, mask)
+                    else:
+                        here = attend_partial(query, key, value, mask)
+                        merged[piece] = merge_partial(merged[piece], here) if distance else here
+                        output = merged[piece][0]
+                if distance == last:
+                    yield output.to(query.dtype)
+
+    def drop(self) -> None:
+        """Give up what is under way. It arrives all the same: what the lanes use must not be freed before."""
+        for pending in [one for several in self.pending.values() for one in several]:
+            pending.wait()
