@@ -1,7 +1,8 @@
 """What each mechanism is worth: all of `exact`, then each switched off alone, in turn within one run.
 
-    scripts/emulated_cluster --nodes 2 --ranks-per-node 2 --link 150mbit -- python benchmarks/ablation.py [repeats]
+    scripts/emulated_cluster --nodes 2 --ranks-per-node 2 --link 150mbit -- python benchmarks/ablation.py [repeats [ring]]
 
+With a ring degree the mechanisms are those of keys and values on their way between parts of the sequence.
 Prints a Markdown table on rank 0. The switches are here alone: the package has none.
 """
 
@@ -24,6 +25,7 @@ from cocodiff.bench.models import build_transformer
 from cocodiff.bench.run import _time
 from cocodiff.bench.shapes import named_shape
 from cocodiff.blocks import Blocks
+from cocodiff.engine import Engine
 from cocodiff.exchange.flat import AllToAll
 from cocodiff.flight import Flight
 from cocodiff.launch.job import start_job
@@ -80,6 +82,20 @@ def variants(engine: Any) -> dict[str, Callable[[], Any]]:
     }
 
 
+def ring_variants(engine: Any) -> dict[str, Callable[[], Any]]:
+    at_the_end = (Engine, "output_stays_inside", property(lambda engine: False))
+    keys = Flight._keys
+    at_once = (Flight, "_keys", lambda flight: iter(list(keys(flight))))
+    plan = engine.plan
+    return {
+        "exact": contextlib.nullcontext,
+        "passed around the ring": lambda: replaced((engine.ring, "_passed", True)),
+        "without attending to what is here first": lambda: replaced(at_once),
+        "without finishing a piece as soon as it is attended": lambda: replaced(at_the_end),
+        "without pieces": lambda: replaced((engine, "plan", lambda *size: (plan(*size)[0], 1))),
+    }
+
+
 def gloo_all_to_all(work: AllToAll, send: Tensor) -> Tensor:
     recv = work._make_recv(send)
     dist.all_to_all_single(recv, send, work._recv_splits, work._send_splits, group=work._group)
@@ -91,11 +107,16 @@ def main() -> None:
     job, cluster = start_job(None), os.environ.get("EMULATED_CLUSTER", "auto")
     shape = named_shape("flux-dev").scaled(1 / 16)
     model = build_transformer(shape)
-    exact = make_method("exact", model, shape, job, cluster)
+    ring = int(sys.argv[2]) if len(sys.argv) > 2 else 1
+    exact = make_method("exact", model, shape, job, cluster, {"ring_degree": ring})
+    whole = make_method("exact", model, shape, job, cluster, {"ring_degree": 1})
     ulysses = make_method("ulysses", model, shape, job, cluster)
     compute = compute_method(model, shape, job, cluster)
     assert exact.engine is not None
-    runs: dict[str, tuple[Any, Callable[[], Any]]] = {name: (exact, v) for name, v in variants(exact.engine).items()}
+    switches = variants(exact.engine) if ring == 1 else ring_variants(exact.engine)
+    runs: dict[str, tuple[Any, Callable[[], Any]]] = {name: (exact, v) for name, v in switches.items()}
+    if ring > 1:
+        runs["exact without a ring"] = (whole, contextlib.nullcontext)
     runs |= {"ulysses": (ulysses, contextlib.nullcontext), "compute": (compute, contextlib.nullcontext)}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     outputs: dict[str, Tensor] = {}

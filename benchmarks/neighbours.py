@@ -46,8 +46,7 @@ def alone(names: list[str]) -> dict[tuple[str, str], torch.Tensor]:
 
 def meshes(size: str) -> list[tuple[int, int, int]]:
     """Ranks, ring, ulysses."""
-    plain = [(ranks, 1, ranks) for ranks in (2, 3, 4)]
-    return plain + ([(2, 2, 1), (4, 4, 1), (4, 2, 2)] if size == "divisible" else [])
+    return [(2, 1, 2), (3, 1, 3)] if size == "uneven" else [(2, 1, 2), (4, 1, 4), (2, 2, 1), (4, 2, 2)]
 
 
 def theirs(name: str, size: str, degrees: dict[str, int], expected: torch.Tensor) -> str:

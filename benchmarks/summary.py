@@ -49,14 +49,14 @@ def mesh_table(result: dict, stem: str) -> list[str]:
         for one in result["cluster"]["levels"]
     ]
     cluster = Cluster("measured", tuple(levels))
-    rule = str(choose_degrees(cluster, shape["heads"]))
+    rule = str(choose_degrees(cluster, shape["heads"], long=shape["family"] == "wan"))
     rows = {name: row for name, row in result["methods"].items() if "error" not in row}
     best = min(row["seconds_per_step"]["median"] for row in rows.values() if row["mesh"])
     base = rows.get("ulysses", {}).get("seconds_per_step", {}).get("median")
     sizes = " x ".join(str(level.size) for level in reversed(levels))
     lines = [f"**[{sizes} ranks, {shape['heads']} heads, {result['branches']} branch(es)]({stem}.md)**", ""]
     lines += [
-        "| method | mesh | seconds a step (least, most) | against ulysses | to the best mesh | MB outward: counted, theory |",
+        "| method | mesh | seconds a step (least, most) | against ulysses | to the best | MB out: counted, theory |",
         "|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():

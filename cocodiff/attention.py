@@ -45,17 +45,24 @@ def attention(flight: Flight, ahead: Flight | None) -> list[Any]:
     with span("beside"):
         beside = layer.beside()
 
-    outputs = zip(flight.attended(query_pending), pieces, strict=True)
-    output_pending = [to_sequence(exchange, output, layout, rank, "o") for output, (_, layout) in outputs]
+    output_pending: list[Pending] = []
+    finished: list[Any] = []
 
-    finished = []
-    for piece, (pending, (rows, _)) in enumerate(zip(output_pending, pieces, strict=True)):
+    def finish() -> None:
+        piece = len(finished)
         with span("wait o"):
-            attended = pending.wait()
+            attended = output_pending[piece].wait()
         with span("finish"):
-            finished.append(layer.finish(piece, attended, None if beside is None else beside[:, rows]))
+            finished.append(layer.finish(piece, attended, None if beside is None else beside[:, pieces[piece][0]]))
         if ahead is not None:
             ahead.enter(piece, finished[piece])
+
+    for piece, output in enumerate(flight.attended(query_pending)):
+        output_pending.append(to_sequence(exchange, output, pieces[piece][1], rank, "o"))
+        if engine.output_stays_inside:
+            finish()
+    while len(finished) < len(pieces):
+        finish()
     return finished
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cocodiff.bench.shapes import SHAPES
+from cocodiff.bench.shapes import SHAPES, Shape
 from cocodiff.launch.job import start_job
 from cocodiff.mesh import choose_degrees
 from cocodiff.models import FAMILIES
@@ -50,7 +50,7 @@ def diagnose() -> tuple[dict[str, Any], bool]:
             ],
             "figures": "assumed, not measured",
         },
-        "mesh": {shape.name: _mesh(cluster, shape.heads) for shape in SHAPES.values()},
+        "mesh": {shape.name: _mesh(cluster, shape) for shape in SHAPES.values()},
         "pipelines": [name for family in FAMILIES for name in family.pipelines],
         "warnings": _warnings(job.world_size, job.device),
     }
@@ -81,9 +81,10 @@ def render(findings: dict[str, Any], *, as_json: bool) -> str:
     return "\n".join(lines)
 
 
-def _mesh(cluster: Cluster, heads: int) -> str:
-    degrees = choose_degrees(cluster, heads)
-    return f"{degrees}, for {heads} heads: {degrees.reason}"
+def _mesh(cluster: Cluster, shape: Shape) -> str:
+    family = next(family for family in FAMILIES if family.name == shape.family)
+    degrees = choose_degrees(cluster, shape.heads, long=family.long)
+    return f"{degrees}, for {shape.heads} heads: {degrees.reason}"
 
 
 def _version(name: str) -> str | None:

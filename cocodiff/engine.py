@@ -115,6 +115,15 @@ class Engine:
         finally:
             self._tokens = None
 
+    @property
+    def output_stays_inside(self) -> bool:
+        """Whether keys and values cross slower links than outputs.
+
+        Then a piece is finished as soon as it is attended, so that its next keys and values leave at once. If not,
+        all pieces are attended first, since outputs travel meanwhile.
+        """
+        return self.ring is not None and self.mesh.ulysses.level < self.mesh.ring.level
+
     def layouts(self, num_heads: int, stream: str | None = None) -> list[Layout]:
         """Tokens and heads of every rank of each part, for one attention layer of the running forward.
 

@@ -66,7 +66,7 @@ class Flight:
         self.parts = [layout.pieces(engine.rank, 1 if whole else count) for layout in self.layouts]
         self.pieces = self.parts[engine.part]
         self.pending: dict[tuple[str, int], list[Pending]] = {}  # (label, distance of the part) -> piece by piece
-        self._joined: dict[tuple[str, int], Tensor] = {}
+        self._joined: dict[str, Tensor] = {}
 
     def enter(self, piece: int, inputs: Any) -> None:
         """Start what attention needs all rows of. Collective: all ranks enter the same pieces in the same order."""
@@ -84,54 +84,65 @@ class Flight:
         batch, _, _, head_dim = x.shape
         unit = batch * layout.num_heads[engine.rank] * head_dim
         numels = [sum(part[piece][1].seq_lens) * unit for part in self.parts]
-        places = [self._place(label, distance, piece, x) for distance in range(len(self.parts))]
-        own = to_heads(self.exchange, x, layout, engine.rank, label, places[0])
+        own = to_heads(self.exchange, x, layout, engine.rank, label, self._place(label, piece, x))
         arriving = [own]
         if engine.ring is not None:
-            tickets = engine.ring.start(own.ticket, numels, x.itemsize, label, places[1:])
+            tickets = engine.ring.start(own.ticket, numels, x.itemsize, label)
             arriving += [Pending(ticket, own.unpack) for ticket in tickets]
         for distance, pending in enumerate(arriving):
             self.pending.setdefault((label, distance), []).append(pending)
 
-    def _place(self, label: str, distance: int, piece: int, x: Tensor) -> Tensor | None:
+    def _place(self, label: str, piece: int, x: Tensor) -> Tensor | None:
         """Where attention will read the piece; None where there is one alone."""
         if len(self.pieces) == 1:
             return None
-        lengths = [sum(layout.seq_lens) for _, layout in self.parts[self._part(distance)]]
+        lengths = [sum(layout.seq_lens) for _, layout in self.pieces]
         if piece == 0:
             heads = self.pieces[0][1].num_heads[self.engine.rank]
-            self._joined[label, distance] = x.new_empty(sum(lengths), x.shape[0], heads, x.shape[-1])
+            self._joined[label] = x.new_empty(sum(lengths), x.shape[0], heads, x.shape[-1])
         start = sum(lengths[:piece])
-        return self._joined[label, distance][start : start + lengths[piece]].view(-1)  # never a copy
+        return self._joined[label][start : start + lengths[piece]].view(-1)  # never a copy
 
-    def _part(self, distance: int) -> int:
-        """Which part of the sequence is so many places before this one on the ring axis."""
-        return (self.engine.part - distance) % len(self.parts)
-
-    def joined(self, label: str, distance: int) -> Tensor:
-        """V or K of a part, `(B, S_part, H_local, D)`: piece by piece, and within a piece rank by rank."""
+    def joined(self, label: str) -> Tensor:
+        """V or K of this part, `(B, S_part, H_local, D)`: piece by piece, and within a piece rank by rank."""
         with self.engine.span(f"wait {label}"):
-            arrived = [pending.wait() for pending in self.pending.pop((label, distance))]
-        return arrived[0] if len(arrived) == 1 else self._joined.pop((label, distance)).transpose(0, 1)
+            arrived = [pending.wait() for pending in self.pending.pop((label, 0))]
+        return arrived[0] if len(arrived) == 1 else self._joined.pop(label).transpose(0, 1)
 
-    def key_mask(self, distance: int) -> Tensor | None:
-        """Which keys of a part may be attended to, bool `(B, 1, 1, S_part)`, in the order of `joined`."""
+    def key_mask(self, distance: int, pieces: slice = slice(None)) -> Tensor | None:
+        """Which keys of these pieces of a part may be attended to, bool `(B, 1, 1, S_key)`, in the order they have.
+
+        Args:
+            distance: of the part, so many places before this one on the ring axis.
+        """
         if self.layer.mask is None:
             return None
-        part = self._part(distance)
-        first = part * len(self.layouts[part].seq_lens)
-        order = [(first + rank, rows) for rank, rows in self.layouts[part].order(len(self.pieces))]
-        return self.engine.tokens.exchanged(self.layer.mask, order)[:, None, None, :]
+        part = (self.engine.part - distance) % len(self.parts)
+        ranks, count = len(self.layouts[part].seq_lens), len(self.pieces)
+        order = [(part * ranks + rank, rows) for rank, rows in self.layouts[part].order(count)]
+        chosen = [one for first in range(count)[pieces] for one in order[first * ranks : (first + 1) * ranks]]
+        return self.engine.tokens.exchanged(self.layer.mask, chosen)[:, None, None, :]
+
+    def _keys(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """V, K and their mask, as they arrive: all of this part, then the others, nearest first, piece by piece."""
+        yield self.joined("v"), self.joined("k"), self.key_mask(0)
+        for distance in range(1, len(self.parts)):
+            pairs = zip(self.pending.pop(("v", distance)), self.pending.pop(("k", distance)), strict=True)
+            for piece, (value, key) in enumerate(pairs):
+                with self.engine.span("wait v"):
+                    value_arrived = value.wait()
+                with self.engine.span("wait k"):
+                    key_arrived = key.wait()
+                yield value_arrived, key_arrived, self.key_mask(distance, slice(piece, piece + 1))
 
     def attended(self, queries: Sequence[Pending]) -> Iterator[Tensor]:
-        """Attention of each piece of queries over all keys, `(B, S_piece, H_local, D)`: parts as they arrive."""
-        span, last = self.engine.span, len(self.parts) - 1
+        """Attention of each piece of queries over all keys, `(B, S_piece, H_local, D)`: keys as they arrive."""
+        span, last = self.engine.span, (len(self.parts) - 1) * len(self.pieces)
         arrived: list[Tensor] = []
         merged: dict[int, Partial] = {}
-        for distance in range(len(self.parts)):
-            value, key, mask = self.joined("v", distance), self.joined("k", distance), self.key_mask(distance)
+        for number, (value, key, mask) in enumerate(self._keys()):
             for piece, pending in enumerate(queries):
-                if distance == 0:
+                if number == 0:
                     with span("wait q"):
                         arrived.append(pending.wait())
                 query = arrived[piece]
@@ -140,9 +151,9 @@ class Flight:
                         output = self.layer.attend(query, key, value, mask)
                     else:
                         here = attend_partial(query, key, value, mask)
-                        merged[piece] = merge_partial(merged[piece], here) if distance else here
+                        merged[piece] = merge_partial(merged[piece], here) if number else here
                         output = merged[piece][0]
-                if distance == last:
+                if number == last:
                     yield output.to(query.dtype)
 
     def drop(self) -> None:

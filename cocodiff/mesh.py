@@ -35,16 +35,23 @@ class Degrees:
 
 
 def choose_degrees(
-    cluster: Cluster, heads: int, cfg: int | None = None, ring: int | None = None, ulysses: int | None = None
+    cluster: Cluster,
+    heads: int,
+    cfg: int | None = None,
+    ring: int | None = None,
+    ulysses: int | None = None,
+    *,
+    long: bool = False,
 ) -> Degrees:
     """The degrees that were given, and for those left out (None) one rule.
 
     cfg is 1. Of all ring x ulysses that the heads allow, the one that sends the fewest bytes through the outermost
-    level that the ranks of a sequence cross; of equals (two parts) ring where that level is slow, ulysses elsewhere.
+    level that the ranks of a sequence cross; of equals (two nodes) ring for long sequences, ulysses for others.
 
     Args:
         cluster: with concrete sizes.
         heads: the fewest that an attention of the model has; ulysses cannot be larger.
+        long: the family attends to so many tokens that keys and values hide under attention to those that are here.
 
     Raises:
         ConfigError: with the numbers, where no mesh has these degrees.
@@ -77,8 +84,8 @@ def choose_degrees(
             f"ulysses axis: every rank needs one. Use ulysses_degree={heads} or less, with a ring_degree beyond."
         )
     level = outermost(axis_sizes(cluster.sizes, 1, ranks // cfg))
-    slow = cluster.slow[level]
-    best = min(legal, key=lambda pair: (outward_bytes(cluster, level, *pair), -pair[0] if slow else pair[0]))
+    prefer_ring = long and level > 0
+    best = min(legal, key=lambda pair: (outward_bytes(cluster, level, *pair), -pair[0] if prefer_ring else pair[0]))
     if len(legal) == 1:
         reason = "as given" if said else "the only ones"
     else:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch.distributed as dist
-from torch import Tensor
 
 from cocodiff.exchange.flat import AllToAll
 from cocodiff.exchange.layout import outer_difference
@@ -34,20 +33,17 @@ class Ring:
         self._sizes, self._rank, self._group, self._lane, self._tally = sizes, rank, group, lane, tally
         self._passed, self._started = passed, 0
 
-    def start(
-        self, own: Ticket, numels: Sequence[int], itemsize: int, label: str, places: Sequence[Tensor | None]
-    ) -> list[Ticket]:
+    def start(self, own: Ticket, numels: Sequence[int], itemsize: int, label: str) -> list[Ticket]:
         """Send this rank's part, as soon as `own` delivers it, and receive those of the ranks before it.
 
         Args:
             numels: elements of each rank's part.
-            places: one-dimensional memory for each part that comes, nearest first, or None.
 
         Returns:
             a ticket for each of them: of the rank before this one, of the rank before that, ...
         """
         size, tickets, source = len(numels), [], own
-        for distance, place in enumerate(places, 1):
+        for distance in range(1, size):
             before, step = (self._rank - distance) % size, 1 if self._passed else distance
             sent = (before + step) % size if self._passed else self._rank  # whose part goes out now
             send_splits, recv_splits = [0] * size, [0] * size
@@ -58,7 +54,7 @@ class Ring:
             by_level[outer_difference(self._rank, to, self._sizes)] = numels[sent] * itemsize
             self._tally.add(label, by_level)
             self._started += 1
-            work = AllToAll(send_splits, recv_splits, self._group, self._started, place)
+            work = AllToAll(send_splits, recv_splits, self._group, self._started)
             tickets.append(self._lane.submit(work, source, label))
             if self._passed:
                 source = tickets[-1]

@@ -34,6 +34,7 @@ class Family:
         guided: of a pipeline and its call's arguments: whether it calls the transformer twice a step, for guidance.
         output_shape: of the transformer and its forward's arguments: the shape of what comes back.
         batched: arguments of forward that have a batch, in a family whose batch holds both branches of guidance.
+        long: it usually attends to so many tokens that attention outweighs the rest of a layer.
         refused: argument of forward, or entry of its attention kwargs -> why it cannot work yet.
         transformers: the components of a pipeline that run on shards; those a pipeline has not are left out.
     """
@@ -49,5 +50,6 @@ class Family:
         transformer.proj_out.out_features,
     )
     batched: tuple[str, ...] = ()
+    long: bool = False
     refused: Mapping[str, str] = field(default_factory=dict)
     transformers: tuple[str, ...] = ("transformer",)

@@ -80,5 +80,6 @@ WAN = Family(
         transformer.config.out_channels,
         *given["hidden_states"].shape[2:],
     ),
+    long=True,
     transformers=("transformer", "transformer_2"),
 )

@@ -111,7 +111,7 @@ def _broken(what, expected):
         flight.merge_partial = lambda one, other: ((one[0] + other[0]) / 2, one[1])
     elif what == "the mask of other parts is dropped":
         key_mask = Flight.key_mask
-        Flight.key_mask = lambda self, distance: None if distance else key_mask(self, 0)
+        Flight.key_mask = lambda self, distance, *pieces: None if distance else key_mask(self, 0)
     elif what == "branches are swapped":
         swap = Engine.swap
         Engine.swap = lambda self, x: swap(self, x).flip(0)

@@ -12,9 +12,8 @@ from cocodiff.mesh import choose_degrees, outward_bytes
 from cocodiff.topology import Cluster, Level
 
 
-def cluster(*sizes, slow=False):
-    levels = (Level(f"level {i}", size, 1.0, 1.0, slow=slow and i == len(sizes) - 1) for i, size in enumerate(sizes))
-    return Cluster("test", tuple(levels))
+def cluster(*sizes):
+    return Cluster("test", tuple(Level(f"level {i}", size, 1.0, 1.0) for i, size in enumerate(sizes)))
 
 
 @pytest.mark.parametrize("sizes", [(4,), (2, 2), (2, 3, 4), (3, 2), (2, 1, 4)])
@@ -31,9 +30,9 @@ def test_an_axis_has_all_its_ranks_and_crosses_the_level_it_says(sizes):
             assert max(level for level, one in enumerate(found) if one > 1) == crossed
 
 
-def test_of_equals_the_ring_crosses_a_slow_link():
-    for slow, chosen in ((False, (1, 8)), (True, (2, 4))):
-        degrees = choose_degrees(cluster(4, 2, slow=slow), 8)
+def test_of_equals_long_sequences_take_the_ring():
+    for long, chosen in ((False, (1, 8)), (True, (2, 4))):
+        degrees = choose_degrees(cluster(4, 2), 8, long=long)
         assert (degrees.ring, degrees.ulysses) == chosen
 
 
