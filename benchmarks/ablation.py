@@ -1,6 +1,6 @@
 """What each mechanism is worth: all of `exact`, then each switched off alone, in turn within one run.
 
-    scripts/emulated_cluster --nodes 2 --ranks-per-node 2 --link 150mbit -- python benchmarks/ablation.py [repeats [ring]]
+    scripts/emulated_cluster --nodes 2 --ranks-per-node 2 --link 150mbit -- python benchmarks/ablation.py [times [ring]]
 
 With a ring degree the mechanisms are those of keys and values on their way between parts of the sequence.
 Prints a Markdown table on rank 0. The switches are here alone: the package has none.
@@ -89,7 +89,6 @@ def ring_variants(engine: Any) -> dict[str, Callable[[], Any]]:
     plan = engine.plan
     return {
         "exact": contextlib.nullcontext,
-        "passed around the ring": lambda: replaced((engine.ring, "_passed", True)),
         "without attending to what is here first": lambda: replaced(at_once),
         "without finishing a piece as soon as it is attended": lambda: replaced(at_the_end),
         "without pieces": lambda: replaced((engine, "plan", lambda *size: (plan(*size)[0], 1))),

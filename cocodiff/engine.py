@@ -37,7 +37,6 @@ LEAST_PIECE_SECONDS = {"cpu": 5e-3}
 # Cutting makes matrix products smaller: MEASURED 6 to 9 % of the compute on a CPU, more than it hides unless a layer's
 # exchanges take at least this share of its compute, which is MODELLED from what a rank is assumed to do in a second.
 WORTH_CUTTING = 0.5
-PASSED = False  # keys and values go straight to every part, not around the ring
 ASSUMED_TFLOPS = {"cpu": 0.03, "cuda": 300.0, "xpu": 100.0}
 
 
@@ -62,7 +61,7 @@ class Engine:
         self.staged: Exchange = StagedExchange(axis.cluster.sizes, axis.rank, groups, self._lanes, self.tally)
         self.ring: Ring | None = None
         if (around := mesh.ring).group is not None:
-            self.ring = Ring(around.cluster.sizes, around.rank, around.group, self.lane(around), PASSED, self.tally)
+            self.ring = Ring(around.cluster.sizes, around.rank, around.group, self.lane(around), self.tally)
         self._tokens: Tokens | None = None
         self._settled: dict[int, int] = {}
 

@@ -96,15 +96,15 @@ def choose_degrees(
 def outward_bytes(cluster: Cluster, level: int, ring: int, ulysses: int) -> float:
     """What a layer sends through a level, the outermost it crosses, as a multiple of one rank's shard of one tensor.
 
-    Four tensors cross the ulysses axis, each to `ulysses` ranks in equal parts; K and V the ring axis, whole, to every
-    other part. The mean of all ranks.
+    Four tensors cross the ulysses axis, each to `ulysses` ranks in equal parts; K and V of every other part are passed
+    on, whole, to the next rank of the ring axis. The mean of all ranks.
     """
     sizes, ranks, total = cluster.sizes, ring * ulysses, 0.0
     for rank in range(ranks):
         node = digits(rank, sizes)[level]
-        first, place = rank - rank % ulysses, rank % ulysses
+        first = rank - rank % ulysses
         away_ulysses = sum(digits(first + other, sizes)[level] != node for other in range(ulysses))
-        away_ring = sum(digits(part * ulysses + place, sizes)[level] != node for part in range(ring))
+        away_ring = (ring - 1) * (digits((rank + ulysses) % ranks, sizes)[level] != node)
         total += 4 * away_ulysses / ulysses + 2 * away_ring
     return round(total / ranks, 6)
 
