@@ -26,10 +26,11 @@ the ratio of the worst of `exact` to the best of the other, and of the best to t
 MESHES = """# Meshes
 
 Each row is one run of `cocodiff bench`, as in [the other results](../README.md): `exact` on every mesh, in turn with
-`ulysses` (one exchange over all ranks, sequential) where the heads allow it. Times as fast as the best mesh of its row
-(1.00 is the best), in brackets MB a step through the busiest outermost link, and what theory says of the layers:
-4 (1 - 1/G) for ulysses over G nodes, 2 (G - 1) for a ring of G, times the tensors. **Bold**: what the rule of
-docs/meshes.md takes.
+`ulysses` (one exchange over all ranks, sequential) where the heads allow it. "To the best": seconds over those of the
+best mesh in its table. Then MB a step through the busiest outermost link, counted (the gather at the end is in it) and
+by theory for the layers alone: 4 (1 - 1/G) for ulysses over G nodes, 2 (G - 1) for a ring of G, times what a node holds
+of a tensor. **Bold**: what the rule of docs/meshes.md takes. Where a ring of four at 10 Gbit/s sent more than theory
+says, parts still went straight to everyone ([measured](../ring-ways.md)).
 
 """
 
@@ -67,8 +68,8 @@ def mesh_table(result: dict, stem: str) -> list[str]:
             "" if base is None else f"{base / taken['median']:.2f}x",
             f"{taken['median'] / best:.2f}" if mesh else "",
         ]
-        outward = levels[-1].size > 1 and mesh
-        counted = f"{row['counted_bytes'] / 1e6:.2f}, {theory(result, cluster, mesh) / 1e6:.2f}" if outward else ""
+        outward = result["environment"]["hosts"] > 1 and mesh
+        counted = f"{row['bytes'][levels[-1].name] / 1e6:.2f}, {theory(result, cluster, mesh) / 1e6:.2f}" if outward else ""
         lines.append("| " + " | ".join([*cells, counted]) + " |")
     return [*lines, ""]
 

@@ -1,10 +1,11 @@
-"""docs/tested.md, made by running what it lists: `python -m tests.table` (about five minutes on two cores)."""
+"""docs/tested.md, made by running what it lists: `python -m tests.table` (about eight minutes on two cores)."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
-from tests.distributed import test_families, test_pipeline
+from tests.distributed import test_families, test_mesh, test_pipeline
 from tests.distributed.ranks import run_ranks
 from tests.families import PIPELINES, family_pipeline
 from tests.pipelines import TASKS, flux_pipeline
@@ -17,6 +18,13 @@ Every row is a diffusers pipeline with a small model of random weights in which 
 or four steps, odd sizes and prompts, a batch of two, guidance where the pipeline has it; flat and staged exchanges,
 rows whole and in pieces. The figure is the worst relative error of the latents against one rank without cocodiff,
 float32, on the CPU. Made by `python -m tests.table`; the suite asserts that all are under 1e-5.
+
+"""
+
+MESHES = """
+## Meshes
+
+The same, on every mesh of so many ranks.
 
 """
 
@@ -39,7 +47,22 @@ def main() -> None:
     for name, pipeline in classes().items():
         cells = [f"{worst[name, ranks]:.0e}" for ranks in RANKS]
         lines.append(f"| {pipeline} | {name} | " + " | ".join(cells) + " |")
-    OUT.write_text(HEAD + "\n".join(lines) + "\n")
+    OUT.write_text(HEAD + "\n".join(lines) + "\n" + MESHES + "\n".join(meshes()) + "\n")
+
+
+def meshes() -> list[str]:
+    worst: dict[tuple[tuple[int, int, int], str], float] = {}
+    expected = run_ranks(1, test_mesh._references)[0]
+    for ranks in test_mesh.MESHES:
+        for errors in run_ranks(ranks, test_mesh._errors, ranks, expected):
+            for (name, _, mesh, *_), error in errors.items():
+                worst[mesh, name] = max(error, worst.get((mesh, name), 0.0))
+    names = test_mesh.NAMES
+    lines = ["| ranks | cfg x ring x ulysses | " + " | ".join(names) + " |", "|---" * (2 + len(names)) + "|"]
+    for mesh in dict.fromkeys(mesh for mesh, _ in worst):
+        cells = [f"{worst[mesh, name]:.0e}" for name in names]
+        lines.append(f"| {math.prod(mesh)} | {' x '.join(map(str, mesh))} | {' | '.join(cells)} |")
+    return lines
 
 
 if __name__ == "__main__":

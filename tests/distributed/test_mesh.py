@@ -10,7 +10,7 @@ from tests.families import PIPELINES, family_call, family_pipeline
 from tests.pipelines import TASKS, clusters, flux_call, flux_pipeline, in_pieces, recorded_pieces, relative_error
 
 LIMIT = 1e-5
-NAMES = ("flux text2image", "flux2 klein", "sd35 text2image", "qwen text2image", "wan t2v")
+NAMES = ("flux text2image", "sd35 text2image", "qwen text2image", "wan t2v")
 MESHES = {  # ranks -> cfg, ring, ulysses
     ranks: [
         (cfg, ring, ranks // cfg // ring)
