@@ -69,7 +69,9 @@ def mesh_table(result: dict, stem: str) -> list[str]:
             f"{taken['median'] / best:.2f}" if mesh else "",
         ]
         outward = result["environment"]["hosts"] > 1 and mesh
-        counted = f"{row['bytes'][levels[-1].name] / 1e6:.2f}, {theory(result, cluster, mesh) / 1e6:.2f}" if outward else ""
+        counted = (
+            f"{row['bytes'][levels[-1].name] / 1e6:.2f}, {theory(result, cluster, mesh) / 1e6:.2f}" if outward else ""
+        )
         lines.append("| " + " | ".join([*cells, counted]) + " |")
     return [*lines, ""]
 

@@ -170,7 +170,7 @@ class Door:
                     "its attention would see this rank's tokens alone. Undo that (unload_ip_adapter, or no "
                     "set_attn_processor), then cocodiff.unwrap(pipe) and cocodiff.wrap(pipe)."
                 )
-            backend = processor._attention_backend
+            backend = getattr(processor, "_attention_backend", None)
             if self.engine.ring is not None and getattr(backend, "value", backend) not in (None, "native"):
                 raise ConfigError(
                     f"ring_degree={self.engine.mesh.ring.size} merges parts of attention by their log-sum-exps, for "

@@ -79,7 +79,7 @@ def make_method(
     if name == "diffusers":
         return _diffusers(model, shape, job, guided)
     baseline = Config(exchange="flat", schedule="sequential", cluster=cluster, ulysses_degree=job.world_size)
-    config = baseline if name == "ulysses" else Config(cluster=cluster, **degrees)
+    config = baseline if name == "ulysses" else Config.of(None, {"cluster": cluster, **degrees})
     return _ours(name, config, _copy(model), shape, job, guided)
 
 
