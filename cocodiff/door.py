@@ -180,9 +180,10 @@ class Door:
         refuse_modifications(self.transformer, self._carriers)
 
     def _refuse(self, given: dict[str, Any]) -> None:
-        entries = {**given, **(given.get("joint_attention_kwargs") or {}), **(given.get("attention_kwargs") or {})}
-        for name, reason in self._family.refused.items():
-            if entries.get(name) is not None:
+        kwargs = {**(given.get("joint_attention_kwargs") or {}), **(given.get("attention_kwargs") or {})}
+        unknown = dict.fromkeys(kwargs.keys() - {"scale"}, "it is for attention processors, whose place cocodiff takes")
+        for name, reason in (unknown | self._family.refused).items():  # `scale` is LoRA's, and diffusers applies it
+            if (given | kwargs).get(name) is not None:
                 raise ConfigError(f"{name} was given, but {reason}. Leave it out, or run without cocodiff.wrap.")
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cocodiff.blocks import Blocks
 from cocodiff.engine import Engine
+from cocodiff.errors import ConfigError
 from cocodiff.models.family import Family
 from cocodiff.models.flux import token_counts
 from cocodiff.models.install import install_blocks
@@ -51,6 +52,8 @@ def make_layer(
         rotary = turns.real, turns.imag
     if encoder_hidden_states_mask is not None:
         mask = encoder_hidden_states_mask
+        if mask.shape[1:] != (sum(tokens.streams["text"]),):
+            raise ConfigError(f"encoder_hidden_states_mask {tuple(mask.shape)} is not (batch, text tokens).")
         mask = torch.cat([mask, mask.new_ones(mask.shape[0], sum(tokens.streams["image"]))], dim=1)
     return JointLayer(attn, [text, image], tokens.mine, temb.itemsize, rotary, mask)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.distributed.ranks import run_ranks
+from tests.families import TEXT_WIDTH, family_pipeline
 from tests.pipelines import flux_call, flux_pipeline
 
 
@@ -59,6 +60,15 @@ def _refusals():
     with pytest.raises(cocodiff.CocodiffError) as caught:
         pipe(**flux_call("text2image"), joint_attention_kwargs={"ip_adapter_image_embeds": [torch.ones(1)]})
     said["ip-adapter", False] = str(caught.value)
+    with pytest.raises(cocodiff.CocodiffError) as caught:
+        pipe(**flux_call("text2image"), joint_attention_kwargs={"attention_mask": torch.ones(1, 1)})
+    said["mask for processors", False] = str(caught.value)
+    pipe = cocodiff.wrap(family_pipeline("qwen text2image"))
+    inputs = dict(hidden_states=torch.ones(1, 16, 16), encoder_hidden_states=torch.ones(1, 4, TEXT_WIDTH))
+    inputs |= dict(timestep=torch.tensor([0.5]), img_shapes=[[(1, 4, 4)]])
+    with pytest.raises(cocodiff.CocodiffError) as caught, torch.no_grad():
+        pipe.transformer(**inputs, encoder_hidden_states_mask=torch.ones(1, 4, 4))
+    said["square mask", False] = str(caught.value)
     return said
 
 
@@ -73,7 +83,8 @@ def test_what_cannot_work_is_refused_with_the_reason():
         "blocks compiled": "compile",
         "quantised": "tensor",
     }
-    words |= {"compiled copy": "replaced", "ip-adapter": "IP-Adapter"}
+    words |= {"compiled copy": "replaced", "ip-adapter": "IP-Adapter", "mask for processors": "attention_mask"}
+    words |= {"square mask": "(1, 4, 4) is not (batch, text tokens)"}
     for said in everyone:
         assert said == everyone[0]
         for (name, _), text in said.items():
