@@ -30,8 +30,8 @@ class Branches:
 
     def __init__(self, engine: Engine, family: Family, transformer: Any, guided: bool) -> None:
         self._engine, self._family, self._transformer, self._guided = engine, family, transformer, guided
-        self._first: tuple[Tensor, Any] | None = None  # output and timestep of the first call of a pair
-        self._apart: list[Tensor] = []  # whether the timesteps of a pair differed
+        self._first: tuple[Tensor, dict[str, Any]] | None = None  # of a pair: the first call's output, and what it got
+        self._apart: list[Tensor] = []  # whether two calls taken for a pair were of different steps
 
     @property
     def second(self) -> bool:
@@ -57,10 +57,11 @@ class Branches:
         else:
             output = torch.full(shape, math.nan, dtype=dtype, device=self._engine.device)
         if self._first is None:
-            self._first = output, given["timestep"].clone()
+            self._first = output, {name: given[name].clone() for name in ("timestep", "hidden_states")}
             return output
-        (before, timestep), self._first = self._first, None
-        self._apart.append((timestep != given["timestep"]).any())
+        (before, got), self._first = self._first, None
+        # Latents, too: in bfloat16 neighbouring steps may have one timestep. NaN that was consumed differs from itself.
+        self._apart.append(torch.stack([(x != given[name]).any() for name, x in got.items()]).any())
         mine = output if self._engine.mesh.cfg.rank else before
         both = self._engine.swap(mine)
         before.copy_(both[0])
@@ -79,8 +80,9 @@ class Branches:
         return self._engine.swap(forward(half)).flatten(0, 1)
 
     def settle(self) -> None:
-        """PatchError if the calls of the run did not come in pairs: what was drawn is wrong then."""
-        if self._first is not None or (self._apart and bool(torch.stack(self._apart).any())):
+        """PatchError on every rank if the calls of the run did not come in pairs: what was drawn is wrong then."""
+        apart = bool(self._apart) and self._engine.anywhere(torch.stack(self._apart).any())
+        if self._first is not None or apart:
             raise PatchError(
                 "cfg_degree=2 expected two calls of the transformer at each step, conditional and unconditional, and "
                 "got others (a callback that changes the guidance?). Use cfg_degree=1."

@@ -139,16 +139,20 @@ class Door:
             yield
         finally:
             self._in_pipeline, self._branches = False, None
-        self._settle()
+        self._settle(everywhere=branches is not None)  # each half has compared its own branch alone
         if branches is not None:
             branches.settle()
 
-    def _settle(self) -> None:
-        if self._differs and bool(torch.stack(self._differs).any()):
-            steps = [index for index, differs in enumerate(self._differs) if differs]
+    def _settle(self, everywhere: bool = False) -> None:
+        if not self._differs:
+            return
+        found = torch.stack(self._differs)
+        if self.engine.anywhere(found.any()) if everywhere else bool(found.any()):
+            steps = found.nonzero().flatten().tolist()
+            first = f"first in its call {steps[0]} of {len(found)}" if steps else "seen by the other branch"
             raise MismatchError(
-                f"the transformer's inputs were not the same on all ranks (first in its call {steps[0]} of "
-                f"{len(self._differs)}): a callback, an encoder, a random draw or a kernel whose results vary."
+                f"the transformer's inputs were not the same on all ranks ({first}): a callback, an encoder, a random "
+                "draw or a kernel whose results vary."
             )
 
     def release(self) -> None:
@@ -182,8 +186,8 @@ class Door:
     def _refuse(self, given: dict[str, Any]) -> None:
         kwargs = {**(given.get("joint_attention_kwargs") or {}), **(given.get("attention_kwargs") or {})}
         unknown = dict.fromkeys(kwargs.keys() - {"scale"}, "it is for attention processors, whose place cocodiff takes")
-        for name, reason in (unknown | self._family.refused).items():  # `scale` is LoRA's, and diffusers applies it
-            if (given | kwargs).get(name) is not None:
+        for name, reason in {**unknown, **self._family.refused}.items():  # `scale` is LoRA's, and diffusers applies it
+            if {**given, **kwargs}.get(name) is not None:
                 raise ConfigError(f"{name} was given, but {reason}. Leave it out, or run without cocodiff.wrap.")
 
 

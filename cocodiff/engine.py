@@ -190,6 +190,13 @@ class Engine:
         everyone = gather_equal(torch.stack(sums), axis.group, self.lane(axis), "compare")
         return (everyone != everyone[0]).any()
 
+    def anywhere(self, flag: Tensor) -> bool:
+        """Whether a flag is set on some rank of all. Collective; more than one rank."""
+        axis = self.mesh.everyone
+        assert axis.group is not None
+        self._tally_gather("compare", 1, axis)
+        return bool(gather_equal(flag.to(torch.uint8), axis.group, self.lane(axis), "compare").any())
+
     def swap(self, x: Tensor) -> Tensor:
         """A tensor of the same shape in both cfg halves, equal within each -> `(2, *shape)`, that of either half.
 

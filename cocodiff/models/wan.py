@@ -5,6 +5,7 @@ What follows is diffusers' forwards (0.42) cut at the exchanges: all rows' work 
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -77,7 +78,7 @@ WAN = Family(
     guided=lambda pipeline, call: call["guidance_scale"] > 1,
     output_shape=lambda transformer, given: (
         given["hidden_states"].shape[0],
-        transformer.config.out_channels,
+        transformer.proj_out.out_features // math.prod(transformer.config.patch_size),
         *given["hidden_states"].shape[2:],
     ),
     long=True,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+QUERIES_AT_ONCE = 256
 Partial = tuple[Tensor, Tensor]  # float32: attended (B, S_query, H, D) and log-sum-exp (B, S_query, H, 1)
 
 
@@ -28,7 +29,7 @@ def attend_partial(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Non
     ops, aligned = torch.ops.aten, q.shape[-1] % 8 == 0
     if q.device.type == "cpu":
         out, lse = ops._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)
-    elif q.device.type == "cuda" and aligned and bias is None and q.dtype != torch.float32:
+    elif q.device.type == "cuda" and bias is None and _has_flash(q):
         out, lse = ops._scaled_dot_product_flash_attention(q, k, v)[:2]
     elif q.device.type == "cuda" and aligned:
         if bias is not None:  # its rows must begin at multiples of 16 bytes
@@ -36,11 +37,17 @@ def attend_partial(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Non
             bias = bias.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
         out, lse = ops._scaled_dot_product_efficient_attention(q, k, v, bias, True)[:2]
         lse = lse[..., : q.shape[2]]
-    elif q.device.type == "xpu" and aligned:
-        out, lse = ops._scaled_dot_product_fused_attention_overrideable(q, k, v, bias)[:2]
-    else:
-        return attend_partial_reference(query, key, value, mask)
+    else:  # XPU, whose fused kernel gives no log-sum-exp: scores of a few queries at a time
+        parts = [attend_partial_reference(some, key, value, mask) for some in query.split(QUERIES_AT_ONCE, dim=1)]
+        attended, sums = zip(*parts, strict=True)
+        return torch.cat(attended, dim=1), torch.cat(sums, dim=1)
     return out.transpose(1, 2).float(), lse.float().transpose(1, 2).unsqueeze(-1)
+
+
+def _has_flash(query: Tensor) -> bool:
+    """What FlashAttention asks of CUDA tensors."""
+    modern = torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return modern and query.dtype != torch.float32 and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
 
 
 def attend_partial_reference(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Partial:

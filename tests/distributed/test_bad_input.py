@@ -125,7 +125,7 @@ def test_calls_that_differ_or_were_tampered_with():
         "size": "height: 36 on rank 0; 40 on rank 1",
         "steps": "num_inference_steps: 3 on rank 0; 4 on rank 1",
         "seed": "generator: generator with seed 0",
-        "only one gives it": "guidance_scale: not given on rank 0; 3.0 on rank 1",
+        "only one gives it": "guidance_scale: 3.5 on rank 0; 3.0 on rank 1",
         "callback": "first in its call 2 of 6",
         "processor": "FluxAttnProcessor",
         "transformer": "replaced",

@@ -206,6 +206,32 @@ def test_without_guidance_halves_do_the_same_and_unpaired_calls_are_errors():
         assert error < LIMIT and len(said) == (rank == 0) and len(refused) == 2, (error, said, refused)
 
 
+def _second_branch_differs():
+    """Rank 3 encodes the negative prompt otherwise: only its half computes from it, yet every rank must hear of it."""
+    import os
+
+    import cocodiff
+
+    pipe = cocodiff.wrap(flux_pipeline(), **_degrees(2, 1, 2))
+    encode, encoded = pipe.encode_prompt, []
+
+    def encode_otherwise(*args, **kwargs):
+        embeds, *rest = encode(*args, **kwargs)
+        encoded.append(1)
+        return (embeds * 1.01 if os.environ["RANK"] == "3" and len(encoded) == 2 else embeds, *rest)
+
+    pipe.encode_prompt = encode_otherwise
+    try:
+        pipe(**flux_call("text2image"))
+    except cocodiff.CocodiffError as error:
+        return str(error)
+    return ""
+
+
+def test_a_second_branch_that_differs_is_an_error_on_every_rank():
+    assert all("not the same on all ranks" in said for said in run_ranks(4, _second_branch_differs))
+
+
 def _bad_degrees():
     import cocodiff
 

@@ -64,7 +64,9 @@ class Gates:
 def _record(schedule):
     """The marks of one forward of a transformer of two single blocks, on this rank."""
     import cocodiff
+    from cocodiff import engine as settings
 
+    settings.ROWS_PER_PIECE = 32
     level = cocodiff.Level("slow", 2, 1e-6, 1e-6)  # slow, but messages cost nothing to start: rows are cut
     pipe, cluster = flux_pipeline(double=0, single=2), cocodiff.Cluster("test", (level,))
     cocodiff.wrap(pipe, schedule=schedule, exchange="flat", cluster=cluster)
