@@ -66,7 +66,7 @@ def _record(schedule):
     import cocodiff
     from cocodiff import engine as settings
 
-    settings.ROWS_PER_PIECE = 32
+    settings.ROWS_PER_PIECE = 16  # two pieces of the sixteen rows
     level = cocodiff.Level("slow", 2, 1e-6, 1e-6)  # slow, but messages cost nothing to start: rows are cut
     pipe, cluster = flux_pipeline(double=0, single=2), cocodiff.Cluster("test", (level,))
     cocodiff.wrap(pipe, schedule=schedule, exchange="flat", cluster=cluster)
