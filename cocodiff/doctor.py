@@ -50,7 +50,7 @@ def diagnose() -> tuple[dict[str, Any], bool]:
             ],
             "figures": "assumed, not measured",
         },
-        "mesh": {shape.name: _mesh(cluster, shape) for shape in SHAPES.values()},
+        "mesh": {shape.name: _mesh(cluster, shape, job.device) for shape in SHAPES.values()},
         "pipelines": [name for family in FAMILIES for name in family.pipelines],
         "warnings": _warnings(job.world_size, job.device),
     }
@@ -81,9 +81,9 @@ def render(findings: dict[str, Any], *, as_json: bool) -> str:
     return "\n".join(lines)
 
 
-def _mesh(cluster: Cluster, shape: Shape) -> str:
+def _mesh(cluster: Cluster, shape: Shape, device: torch.device) -> str:
     family = next(family for family in FAMILIES if family.name == shape.family)
-    degrees = choose_degrees(cluster, shape.heads, long=family.long)
+    degrees = choose_degrees(cluster, shape.heads, long=family.long and device.type != "xpu")
     return f"{degrees}, for {shape.heads} heads: {degrees.reason}"
 
 

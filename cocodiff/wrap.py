@@ -181,7 +181,8 @@ def make_door(
         attending = [module for module in transformer.modules() if hasattr(module, "processor")]
         heads = min((getattr(module, "heads", cluster.num_ranks) for module in attending), default=1)
         given = (config.cfg_degree, config.ring_degree, config.ulysses_degree)
-        degrees = choose_degrees(cluster, heads, *given, long=family.long)
+        long = family.long and job.device.type != "xpu"  # where parts have no fused kernel (`cocodiff.kernels.partial`)
+        degrees = choose_degrees(cluster, heads, *given, long=long)
         engine = Engine(config, Mesh.create(cluster, degrees, job.backend, job.host_group), job.device)
         if job.is_main:
             _log.info("mesh: %s (%s)", degrees, degrees.reason)

@@ -1,7 +1,7 @@
 """Keys and values over the ring axis: each rank gets the other parts of the sequence, for the heads that it has.
 
 Every rank sends on to the next what it got from the one before (Ring Attention, arXiv 2310.01889). MEASURED on four
-emulated nodes: sending each part straight to everyone took 1.2 times as long, since parts then arrive all at the end.
+emulated nodes (benchmarks/results/ring-ways.md): sending each part straight to everyone took 1.2 times as long.
 """
 
 from __future__ import annotations
