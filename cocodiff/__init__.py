@@ -10,7 +10,8 @@ from cocodiff.config import Config
 from cocodiff.errors import CocodiffError
 from cocodiff.tiny import tiny_pipeline
 from cocodiff.topology import Cluster, Level
+from cocodiff.transmission import Selective
 from cocodiff.wrap import unwrap, wrap
 
 __version__ = "0.1.0"
-__all__ = ["Cluster", "CocodiffError", "Config", "Level", "tiny_pipeline", "unwrap", "wrap"]
+__all__ = ["Cluster", "CocodiffError", "Config", "Level", "Selective", "tiny_pipeline", "unwrap", "wrap"]

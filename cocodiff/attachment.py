@@ -5,13 +5,16 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
+from cocodiff.account import account
 from cocodiff.config import Config
 from cocodiff.door import Door
 from cocodiff.engine import Engine
@@ -42,6 +45,17 @@ class Attachment:
     cluster_reason: str = "one rank"
     doors: dict[str, Door] = field(default_factory=dict)
     said_idle: bool = False
+    last: dict[str, Any] | None = None
+
+    def report(self) -> dict[str, Any]:
+        """What the last call sent, missed and held: `cocodiff.account.account` has the keys.
+
+        Raises:
+            PatchError: there was no call yet, or one rank has nothing to send.
+        """
+        if self.last is None:
+            raise PatchError("there is nothing to report: no call has ended yet, or there is one rank alone.")
+        return self.last
 
     @property
     def engine(self) -> Engine | None:
@@ -100,6 +114,11 @@ def subclass(base: type) -> type:
     return type(base.__name__, (base,), {"__call__": call, "__module__": base.__module__, "__doc__": base.__doc__})
 
 
+def _times(pipeline: Any) -> list[float]:
+    """The scheduler's, of the steps that the call runs: an image-to-image call leaves out the first ones."""
+    return pipeline.scheduler.timesteps.tolist()[-pipeline._num_timesteps :]
+
+
 @contextmanager
 def _running(pipeline: Any, given: dict[str, Any]) -> Iterator[None]:
     """Around one call of a wrapped pipeline: the ranks compare what they were given and share their randomness."""
@@ -129,13 +148,17 @@ def _running(pipeline: Any, given: dict[str, Any]) -> Iterator[None]:
             attachment.said_idle = True
             if job.is_main:
                 _log.warning("cfg_degree=2, but this call has no guidance: both halves of the ranks compute the same.")
+        engine = attachment.engine
+        before = (Counter(), Counter()) if engine is None else engine.tally.snapshot()
         try:
             with ExitStack() as stack:
                 for door in doors.values():
-                    stack.enter_context(door.in_pipeline(guided))
+                    stack.enter_context(door.in_pipeline(guided, partial(_times, pipeline)))
                 yield
             for door in doors.values():
                 door.engine.settled()
+            if engine is not None:
+                attachment.last = account(engine, before)
         finally:
             if not job.is_main:
                 if bars is None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 
 from cocodiff.errors import ConfigError
 from cocodiff.topology import Cluster
+from cocodiff.transmission import Selective
 
 CHOICES = {"exchange": ("auto", "flat", "staged"), "schedule": ("v_first", "sequential")}
 DEGREES = ("cfg_degree", "ring_degree", "ulysses_degree")
@@ -27,6 +28,8 @@ class Config:
         ring_degree: parts of the sequence whose keys and values travel, while queries and outputs stay.
         ulysses_degree: ranks that share a part, each with some of the heads. What is left out follows the rule of
             `cocodiff.mesh.choose_degrees`; the three multiply to the number of ranks.
+        transmission: what crosses slow links: `"exact"`, or `"high"`, `"balanced"`, `"fast"` (1/4, 1/8 and 1/16 of the
+            bytes; 1/32 where keys and values alone cross), or a `cocodiff.Selective`. Fast links stay exact.
 
     >>> Config(exchange="staged").schedule
     'v_first'
@@ -38,6 +41,7 @@ class Config:
     cfg_degree: int | None = None
     ring_degree: int | None = None
     ulysses_degree: int | None = None
+    transmission: str | Selective = "exact"
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
@@ -50,6 +54,9 @@ class Config:
             degree = getattr(self, name)
             if degree is not None and (not isinstance(degree, int) or isinstance(degree, bool) or degree < 1):
                 raise ConfigError(f"{name}={degree!r} is not a positive whole number.")
+        selective = Selective.of(self.transmission)
+        if selective is not None and selective.method == "v_major" and self.schedule == "sequential":
+            raise ConfigError('v_major chooses rows by V, which schedule="sequential" sends last: use "v_first".')
 
     @classmethod
     def of(cls, config: Config | None, settings: dict[str, object]) -> Config:

@@ -7,7 +7,7 @@ names into shards (ragged, nothing padded), runs the model, and gathers the pict
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -100,13 +100,18 @@ class Door:
 
     def _on_shards(self, given: dict[str, Any]) -> Any:
         engine, family = self.engine, self._family
-        counts = family.token_counts(self.transformer, given)
+        counts, selection = family.token_counts(self.transformer, given), engine.selection
+        if selection is not None:
+            selection.forward(given.get("encoder_hidden_states"))
         tokens = Tokens.split(counts, engine.mesh.sequence.size, engine.mesh.sequence.rank)
         for name, cut in family.cuts.items():
             if given.get(name) is not None:
                 given[name] = _shard(given[name], tokens.rows(cut.stream), counts[cut.stream], cut, name)
         with engine.span("forward"), engine.sharded(tokens), self._gathered(list(counts)[-1]):
-            return self._forward(**given)
+            output = self._forward(**given)
+        if selection is not None:
+            selection.guard(engine.worst)
+        return output
 
     @contextmanager
     def _gathered(self, stream: str) -> Iterator[None]:
@@ -120,7 +125,7 @@ class Door:
             last.remove()
 
     @contextmanager
-    def in_pipeline(self, guided: bool = False) -> Iterator[None]:
+    def in_pipeline(self, guided: bool = False, times: Callable[[], Sequence[float]] | None = None) -> Iterator[None]:
         """Around a call of a wrapped pipeline, which compares its arguments itself.
 
         What reaches the transformer is compared, too, since encoders or callbacks may do different things on different
@@ -128,17 +133,22 @@ class Door:
 
         Args:
             guided: the pipeline calls the transformer twice a step, for guidance.
+            times: of the run's steps, known from the first forward on; transmission is selective with them alone.
         """
         if self._in_pipeline:
             raise PatchError("another call over the same transformer is running in this process: one at a time.")
-        self._in_pipeline, self._differs = True, []
+        self._in_pipeline, self._differs, selection = True, [], self.engine.selection
         if self.engine.mesh.cfg.size > 1:
             self._branches = Branches(self.engine, self._family, self.transformer, guided)
         branches = self._branches
+        if selection is not None and times is not None:
+            selection.expect(times, 2 if guided and branches is None and not self._family.batched else 1)
         try:
             yield
         finally:
             self._in_pipeline, self._branches = False, None
+            if selection is not None:
+                selection.end()
         self._settle(everywhere=branches is not None)  # each half has compared its own branch alone
         if branches is not None:
             branches.settle()

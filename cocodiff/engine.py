@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -17,6 +17,7 @@ from cocodiff.exchange import (
     FlatExchange,
     Layout,
     Ring,
+    SelectiveRing,
     StagedExchange,
     gather_equal,
     gather_rows,
@@ -25,9 +26,11 @@ from cocodiff.exchange import (
 from cocodiff.exchange.layout import outer_difference
 from cocodiff.lanes import Lane, make_lane
 from cocodiff.mesh import Axis, Mesh
+from cocodiff.selection import Selection, slow_level
 from cocodiff.tally import Tally
 from cocodiff.timeline import COMPUTE, Timeline
 from cocodiff.tokens import Tokens
+from cocodiff.transmission import Selective
 
 MAX_PIECES = 4
 ROWS_PER_PIECE = 128  # up to two pieces may be smaller, of half as many; MEASURED: 36 rows cost more than they hide
@@ -62,6 +65,11 @@ class Engine:
         self.ring: Ring | None = None
         if (around := mesh.ring).group is not None:
             self.ring = Ring(around.cluster.sizes, around.rank, around.group, self.lane(around), self.tally)
+        self.selection: Selection | None = None
+        selective = Selective.of(config.transmission)
+        slow = None if selective is None else slow_level(selective, mesh)
+        if selective is not None and slow is not None:
+            self.selection = Selection(selective, mesh, slow, self._lanes, self.tally, device)
         self._tokens: Tokens | None = None
         self._settled: dict[int, int] = {}
 
@@ -69,6 +77,8 @@ class Engine:
         """End the lanes and free the groups; nothing may be in flight. Collective."""
         for lane in self._lanes.values():
             lane.close()
+        if self.selection is not None:
+            self.selection.close()
         self.mesh.close()
 
     @property
@@ -162,6 +172,18 @@ class Engine:
         most = 1 if fewest < ROWS_PER_PIECE else max(2, fewest // ROWS_PER_PIECE)
         return exchange, max(1, min(pieces, MAX_PIECES, most))
 
+    def bind(self, exchange: Exchange, key: Hashable) -> tuple[Exchange, Ring | SelectiveRing | None]:
+        """The exchange and the ring of one layer in the running forward: selective where they cross slow links."""
+        return (exchange, self.ring) if self.selection is None else self.selection.bind(exchange, self.ring, key)
+
+    def worst(self, number: Tensor) -> float:
+        """The largest on all ranks of the sequence. Collective."""
+        axis = self.mesh.sequence
+        if axis.group is None:
+            return float(number)
+        self._tally_gather("guard", number.itemsize, axis)
+        return float(gather_equal(number, axis.group, self.lane(axis), "guard").max())
+
     def gather(self, x: Tensor, stream: str) -> Tensor:
         """`(B, S_local, C)` shards of a stream -> the whole `(B, S, C)` on every rank that has some of it."""
         axis, sizes = self.mesh.sequence, self.tokens.streams[stream]
@@ -241,5 +263,6 @@ class Engine:
 
     def _set_timeline(self, timeline: Timeline | None) -> None:
         self.timeline = timeline
-        for lane in self._lanes.values():
+        beside = () if self.selection is None else self.selection.lanes
+        for lane in (*self._lanes.values(), *beside):
             lane.timeline = timeline

@@ -9,7 +9,7 @@ Legend: B batch, S sequence, H heads, D head_dim, C channels; `_local` sizes bel
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -26,6 +26,7 @@ class Layer(Protocol):
     Rows are this rank's, in numbered pieces. `value`, `key` and `query` give `(B, rows, H, D)`, normed and rotated.
     """
 
+    owner: Hashable  # the module it is the attention of: in every forward the same
     num_heads: int
     width: int  # heads x head_dim
     itemsize: int  # bytes of an element of V
@@ -62,7 +63,8 @@ class Flight:
     def __init__(self, engine: Engine, layer: Layer, stream: str | None = None, whole: bool = False) -> None:
         self.engine, self.layer = engine, layer
         self.layouts = engine.layouts(layer.num_heads, stream)
-        self.exchange, count = engine.plan(self.layouts, layer.width, layer.itemsize)
+        exchange, count = engine.plan(self.layouts, layer.width, layer.itemsize)
+        self.exchange, self.ring = engine.bind(exchange, (layer.owner, stream))
         self.parts = [layout.pieces(engine.rank, 1 if whole else count) for layout in self.layouts]
         self.pieces = self.parts[engine.part]
         self.pending: dict[tuple[str, int], list[Pending]] = {}  # (label, distance of the part) -> piece by piece
@@ -82,12 +84,12 @@ class Flight:
         """A piece of V or K to the ranks of this part of the sequence, and from each of them on to the other parts."""
         engine, layout = self.engine, self.pieces[piece][1]
         batch, _, _, head_dim = x.shape
-        unit = batch * layout.num_heads[engine.rank] * head_dim
-        numels = [sum(part[piece][1].seq_lens) * unit for part in self.parts]
+        width = layout.num_heads[engine.rank] * head_dim
+        rows = [sum(part[piece][1].seq_lens) * batch for part in self.parts]
         own = to_heads(self.exchange, x, layout, engine.rank, label, self._place(label, piece, x))
         arriving = [own]
-        if engine.ring is not None:
-            tickets = engine.ring.start(own.ticket, numels, x.itemsize, label)
+        if self.ring is not None:
+            tickets = self.ring.start(own.ticket, rows, width, x.dtype, label)
             arriving += [Pending(ticket, own.unpack) for ticket in tickets]
         for distance, pending in enumerate(arriving):
             self.pending.setdefault((label, distance), []).append(pending)

@@ -11,17 +11,31 @@ from dataclasses import dataclass, field
 class Tally:
     """Counted where exchanges start, from their sizes: payload alone, what a rank keeps for itself excluded.
 
+    Attributes:
+        sent: (level, label) -> bytes.
+        exact: the same, had everything been sent as it is.
+
     >>> tally = Tally()
-    >>> tally.add("v", (8, 16))
-    >>> tally.by_level(2), tally.by_label()
-    ([8, 16], {'v': 24})
+    >>> tally.add("v", (8, 16), exact=(8, 64))
+    >>> tally.by_level(2), tally.by_label(), tally.exact[1, "v"]
+    ([8, 16], {'v': 24}, 64)
     """
 
-    sent: Counter[tuple[int, str]] = field(default_factory=Counter)  # (level, label) -> bytes
+    sent: Counter[tuple[int, str]] = field(default_factory=Counter)
+    exact: Counter[tuple[int, str]] = field(default_factory=Counter)
 
-    def add(self, label: str, bytes_by_level: Sequence[int]) -> None:
+    def add(self, label: str, bytes_by_level: Sequence[int], exact: Sequence[int] | None = None) -> None:
         for level, count in enumerate(bytes_by_level):
             self.sent[level, label] += count
+            self.exact[level, label] += count if exact is None else exact[level]
+
+    def snapshot(self) -> tuple[Counter, Counter]:
+        """`sent` and `exact`, as they are now."""
+        return Counter(self.sent), Counter(self.exact)
+
+    def clear(self) -> None:
+        self.sent.clear()
+        self.exact.clear()
 
     def by_level(self, levels: int) -> list[int]:
         return [sum(count for (one, _), count in self.sent.items() if one == level) for level in range(levels)]

@@ -84,8 +84,8 @@ def _slowest(run: Callable[[], Any], job: Job) -> float:
 
 def _ours(engine: Engine, exchange: Exchange, size: int) -> Callable[[], Any]:
     ranks = engine.mesh.ulysses.size
-    traffic = Traffic((1,) * ranks, (1,) * ranks, size // 4 // ranks)
-    send = torch.ones(traffic.unit * ranks, device=engine.device)
+    traffic = Traffic((1,) * ranks, (1,) * ranks, 1, size // 4 // ranks, True)
+    send = torch.ones(traffic.head_dim * ranks, device=engine.device)
     return lambda: exchange.start(send, traffic, "bench").wait()
 
 

@@ -103,7 +103,7 @@ def _warmed_up(make: Callable[[], Method], job: Job) -> Record:
             _time(record.method, 1, job)
             engine = record.method.engine
             if engine is not None:
-                engine.tally.sent.clear()
+                engine.tally.clear()
             synchronize(job)
             before = interface_bytes()
             _, record.output = _time(record.method, 1, job)

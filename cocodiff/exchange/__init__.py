@@ -3,6 +3,8 @@
 from cocodiff.exchange.flat import FlatExchange
 from cocodiff.exchange.layout import Layout, split_sizes
 from cocodiff.exchange.ring import Ring
+from cocodiff.exchange.selective import SelectiveExchange
+from cocodiff.exchange.selective_ring import SelectiveRing
 from cocodiff.exchange.staged import StagedExchange
 from cocodiff.exchange.ulysses import Exchange, Pending, gather_equal, gather_rows, to_heads, to_sequence
 
@@ -12,6 +14,8 @@ __all__ = [
     "Layout",
     "Pending",
     "Ring",
+    "SelectiveExchange",
+    "SelectiveRing",
     "StagedExchange",
     "gather_equal",
     "gather_rows",

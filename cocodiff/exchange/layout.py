@@ -59,26 +59,36 @@ class Layout:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Sizes of all blocks of one exchange, in elements."""
+    """Sizes of all blocks of one exchange. A block is rows (its tokens x batch) of a width (its heads x head_dim)."""
 
     source: tuple[int, ...]
     destination: tuple[int, ...]
-    unit: int
+    batch: int
+    head_dim: int
+    to_heads: bool  # sources count tokens and destinations heads; else the reverse
 
     def block(self, src: int, dst: int) -> int:
-        return self.source[src] * self.destination[dst] * self.unit
+        """Its elements."""
+        return self.source[src] * self.destination[dst] * self.batch * self.head_dim
+
+    def shape(self, src: int, dst: int) -> tuple[int, int]:
+        """Its rows and their width."""
+        tokens, heads = self.source[src], self.destination[dst]
+        if not self.to_heads:
+            tokens, heads = heads, tokens
+        return tokens * self.batch, heads * self.head_dim
 
     def total(self) -> int:
         """Elements that all ranks together hold."""
-        return sum(self.source) * sum(self.destination) * self.unit
+        return sum(self.source) * sum(self.destination) * self.batch * self.head_dim
 
 
 def to_heads_traffic(layout: Layout, batch: int, head_dim: int) -> Traffic:
-    return Traffic(layout.seq_lens, layout.num_heads, batch * head_dim)
+    return Traffic(layout.seq_lens, layout.num_heads, batch, head_dim, True)
 
 
 def to_sequence_traffic(layout: Layout, batch: int, head_dim: int) -> Traffic:
-    return Traffic(layout.num_heads, layout.seq_lens, batch * head_dim)
+    return Traffic(layout.num_heads, layout.seq_lens, batch, head_dim, False)
 
 
 def digits(rank: int, sizes: Sequence[int]) -> tuple[int, ...]:

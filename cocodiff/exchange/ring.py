@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.distributed as dist
 
 from cocodiff.exchange.flat import AllToAll
@@ -30,23 +31,23 @@ class Ring:
         self._sizes, self._rank, self._group, self._lane, self._tally = sizes, rank, group, lane, tally
         self._started = 0
 
-    def start(self, own: Ticket, numels: Sequence[int], itemsize: int, label: str) -> list[Ticket]:
+    def start(self, own: Ticket, rows: Sequence[int], width: int, dtype: torch.dtype, label: str) -> list[Ticket]:
         """Send this rank's part, as soon as `own` delivers it, and receive those of the ranks before it.
 
         Args:
-            numels: elements of each rank's part.
+            rows: of each rank's part, of `width` elements each.
 
         Returns:
             a ticket for each of them: of the rank before this one, of the rank before that, ...
         """
-        size, tickets, source = len(numels), [], own
+        size, tickets, source = len(rows), [], own
         behind, ahead = (self._rank - 1) % size, (self._rank + 1) % size
         level = outer_difference(self._rank, ahead, self._sizes)
         for distance in range(1, size):
-            sent = numels[(self._rank - distance + 1) % size]
+            sent = rows[(self._rank - distance + 1) % size] * width
             send_splits, recv_splits, by_level = [0] * size, [0] * size, [0] * len(self._sizes)
-            send_splits[ahead], recv_splits[behind] = sent, numels[(self._rank - distance) % size]
-            by_level[level] = sent * itemsize
+            send_splits[ahead], recv_splits[behind] = sent, rows[(self._rank - distance) % size] * width
+            by_level[level] = sent * dtype.itemsize
             self._tally.add(label, by_level)
             self._started += 1
             work = AllToAll(send_splits, recv_splits, self._group, self._started)

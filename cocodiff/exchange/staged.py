@@ -7,7 +7,7 @@ The bytes over slow links are those of a flat exchange; messages are fewer and l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -45,9 +45,14 @@ class StagedExchange:
         self.order = staged_order(sizes)
 
     def start(self, send: Tensor, traffic: Traffic, label: str, out: Tensor | None = None) -> Ticket:
+        ticket = self.through(staged_plan(traffic, self._sizes, self._rank), send, label, out)
+        assert not isinstance(ticket, Tensor), "a staged exchange needs a level of more than one rank"
+        return ticket
+
+    def through(self, stages: Sequence[Stage], send: Tensor, label: str, out: Tensor | None = None) -> Tensor | Ticket:
+        """Some stages of an exchange, one after the other; what was sent itself if there are none."""
         source: Tensor | Ticket = send
         sent = [0] * len(self._sizes)
-        stages = staged_plan(traffic, self._sizes, self._rank)
         self._started += 1
         for stage in stages:
             level = stage.level
@@ -55,7 +60,6 @@ class StagedExchange:
             work = _Staged(stage, self._groups[level], self._started, out if stage is stages[-1] else None)
             source = self._lanes[level].submit(work, source, label)
         self._tally.add(label, sent)
-        assert not isinstance(source, Tensor), "a staged exchange needs a level of more than one rank"
         return source
 
 
@@ -74,8 +78,11 @@ class _Staged(AllToAll):
         return super().__call__(self._in_order(send))
 
     def _in_order(self, buffer: Tensor) -> Tensor:
-        if self._gather is None:
-            return buffer
         if self._ordered_buffer is None:
-            self._ordered_buffer = torch.cat([buffer[start : start + length] for start, length in self._gather])
+            self._ordered_buffer = in_order(buffer, self._gather)
         return self._ordered_buffer
+
+
+def in_order(buffer: Tensor, gather: Sequence[tuple[int, int]] | None) -> Tensor:
+    """The slices (start, length) of a buffer one behind the other; itself for None."""
+    return buffer if gather is None else torch.cat([buffer[start : start + length] for start, length in gather])

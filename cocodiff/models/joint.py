@@ -63,6 +63,7 @@ class JointLayer:
         mask: Tensor | None = None,
     ) -> None:
         self.attn, self.streams, self.rotary, self.mask = attn, list(streams), rotary, mask
+        self.owner = attn
         self.num_heads: int = attn.heads
         self.width: int = attn.inner_dim
         self.itemsize = itemsize

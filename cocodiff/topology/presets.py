@@ -18,7 +18,7 @@ _AURORA = Cluster(
     name="aurora",
     levels=(
         Level("tile", 2, bandwidth_gbs=185.0, latency_us=5.0),
-        Level("gpu", 6, bandwidth_gbs=15.0, latency_us=10.0),
+        Level("gpu", 6, bandwidth_gbs=15.0, latency_us=10.0, slow=False),  # inside a node all stays exact
         Level("node", None, bandwidth_gbs=200.0 / 12, latency_us=15.0, slow=True),
     ),
     # CoCoDiff (arXiv 2604.14561), one node, all-to-all of 48 MB a rank: 6.0 ms staged against 25.5 ms flat.

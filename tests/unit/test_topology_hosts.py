@@ -16,7 +16,7 @@ from cocodiff.topology.detect import detect
 
 def test_presets():
     assert set(PRESETS) == {"aurora", "polaris", "dgx-h100", "single-node"}
-    assert PRESETS["aurora"].slow == (False, True, True)
+    assert PRESETS["aurora"].slow == (False, False, True)  # inside a node all stays exact
     assert PRESETS["polaris"].slow == (False, True)
     assert PRESETS["dgx-h100"].slow == (False, True)
     assert all(name == cluster.name for name, cluster in PRESETS.items())

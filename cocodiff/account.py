@@ -1,0 +1,111 @@
+"""What a run sent, what it missed and what it held: the report of a wrapped pipeline, as JSON values."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cocodiff.engine import Engine
+from cocodiff.errors import CocodiffError
+from cocodiff.exchange.selective import ENDS
+from cocodiff.launch.agree import gather_json
+
+LABELS = ("q", "k", "v", "o")
+
+
+class CopiesDiffer(CocodiffError):
+    """Sender and receiver of a slow link did not hold the same: what was drawn is wrong."""
+
+
+def account(engine: Engine, before: tuple[Counter, Counter]) -> dict[str, Any]:
+    """Of the run that has just ended. Collective over all ranks.
+
+    Args:
+        before: what the tally had when it began: bytes sent, and those of an exact run.
+
+    Returns:
+        mesh: the degrees.
+        transmission: `Selective`'s fields; None for exact.
+        bytes: level -> tensor -> `sent` and `exact`, what all ranks together sent, and would have sent.
+        share: of the exact bytes, level by level.
+        residual_error: relative, measured by those who sent: `steps` (one number each), `layers`, `tensors`, `worst`.
+        held_bytes: memory of the copies, the most of any rank.
+        guard: (step, error, rungs raised) of each forward; empty without `max_error`.
+    """
+    mesh, selection, group = engine.mesh, engine.selection, engine.mesh.host_group
+    levels = [level.name for level in mesh.cluster.levels]
+    labels = sorted({label for _, label in engine.tally.exact})
+    counts = torch.zeros(2, len(levels), len(labels), dtype=torch.int64)
+    for which, (counter, old) in enumerate(zip((engine.tally.sent, engine.tally.exact), before, strict=True)):
+        for (level, label), count in counter.items():
+            counts[which, level, labels.index(label)] = count - old[level, label]
+    dist.all_reduce(counts, group=group)
+    sent, exact = counts.tolist()
+    result: dict[str, Any] = {
+        "mesh": str(mesh.degrees),
+        "transmission": None,
+        "bytes": {
+            level: {label: {"sent": sent[i][j], "exact": exact[i][j]} for j, label in enumerate(labels) if exact[i][j]}
+            for i, level in enumerate(levels)
+        },
+        "share": {level: sum(sent[i]) / sum(exact[i]) for i, level in enumerate(levels) if sum(exact[i])},
+    }
+    if selection is None:
+        return result
+    if selection.selective.check:
+        _check(engine)
+    held = torch.tensor(selection.copies.held_bytes)
+    dist.all_reduce(held, dist.ReduceOp.MAX, group=group)
+    result["transmission"] = asdict(selection.selective) | {"from_level": levels[selection.slow]}
+    result["held_bytes"] = int(held)
+    result["guard"] = [list(entry) for entry in selection.guarded]
+    result["residual_error"] = _errors(engine)
+    return result
+
+
+def _check(engine: Engine) -> None:
+    """CopiesDiffer on all ranks unless both ends of every block hold the same bits."""
+    selection = engine.selection
+    assert selection is not None
+    everyone = gather_json([selection.copies.digests(end) for end in ENDS], engine.mesh.host_group)
+    sent = {name: digest for senders, _ in everyone for name, digest in senders.items()}
+    wrong = {name for _, receivers in everyone for name, digest in receivers.items() if sent.get(name) != digest}
+    if wrong:
+        raise CopiesDiffer(
+            f"{len(wrong)} of {len(sent)} held copies differ between sender and receiver, the first is {min(wrong)} "
+            "(branch, layer, tensor, piece, ranks): what was drawn is wrong. Please report this; transmission='exact' "
+            "does without copies."
+        )
+
+
+def _errors(engine: Engine) -> dict[str, Any]:
+    """Sums over all ranks of squared norms, by step, layer and tensor, and their ratios."""
+    selection, group = engine.selection, engine.mesh.host_group
+    assert selection is not None
+    sizes = torch.tensor([max((key[axis] for key in selection.missed), default=-1) + 1 for axis in (0, 1)])
+    dist.all_reduce(sizes, dist.ReduceOp.MAX, group=group)  # a rank may have nothing that crosses
+    sums = torch.zeros(*sizes.tolist(), len(LABELS), 2, dtype=torch.float64)
+    if selection.missed:
+        totals = torch.stack([torch.stack(several).sum(0) for several in selection.missed.values()]).double().cpu()
+        for (step, layer, label), total in zip(selection.missed, totals, strict=True):
+            sums[step, layer, LABELS.index(label)] += total
+    dist.all_reduce(sums, group=group)
+
+    def relative(*over: int) -> Any:
+        missed, carried = (sums.sum(over) if over else sums).unbind(-1)
+        return (missed / carried.clamp_min(1e-300)).sqrt()
+
+    each, worst = relative(), None
+    if each.numel():
+        step, layer, label = (int(index) for index in torch.unravel_index(each.argmax(), each.shape))
+        worst = {"error": float(each.max()), "step": step, "layer": layer, "tensor": LABELS[label]}
+    return {
+        "steps": relative(1, 2).tolist(),
+        "layers": relative(0, 2).tolist(),
+        "tensors": dict(zip(LABELS, relative(0, 1).tolist(), strict=True)),
+        "worst": worst,
+    }

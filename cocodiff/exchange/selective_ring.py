@@ -1,0 +1,97 @@
+"""Keys and values over a ring that crosses slow links: coded at the first of them, and passed on as they are coded."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cocodiff.exchange.coder import Parcel
+from cocodiff.exchange.flat import AllToAll
+from cocodiff.exchange.layout import outer_difference
+from cocodiff.exchange.selective import Channel, Link
+from cocodiff.lanes import Lane, Ticket
+
+
+class SelectiveRing:
+    """`Ring` of one layer in one forward.
+
+    All who receive a part hold the same copy of it, so its sender keeps one.
+
+    Args:
+        sizes, rank, group, lane: as of `Ring`; `ranks` are those of the group, as the run numbers them.
+        tags: numbers for messages of this group.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        channel: Channel,
+        sizes: tuple[int, ...],
+        rank: int,
+        ranks: tuple[int, ...],
+        group: dist.ProcessGroup,
+        lane: Lane,
+        tags: Iterator[int],
+    ) -> None:
+        self._link, self._channel, self._sizes, self._rank, self._ranks = link, channel, sizes, rank, ranks
+        self._group, self._lane, self._tags = group, lane, tags
+
+    def start(self, own: Ticket, rows: Sequence[int], width: int, dtype: torch.dtype, label: str) -> list[Ticket]:
+        """As of `Ring`."""
+        link, size, number = self._link, len(rows), self._channel.number(f"{label} ring")
+        behind, ahead = (self._rank - 1) % size, (self._rank + 1) % size
+        level = outer_difference(self._rank, ahead, self._sizes)
+
+        def parcel(end: str, part: int) -> Parcel:
+            place = (end, f"ring {number}", part)
+            route = self._ranks[part], self._ranks[part]
+            return self._channel.parcel(label, place, (rows[part],), (route,), width, dtype.itemsize)
+
+        tickets: list[Ticket] = []
+        source, received = own, 0
+        for distance in range(1, size):
+            leaving, arriving = (self._rank - distance + 1) % size, (self._rank - distance) % size
+            exact = rows[leaving] * width * dtype.itemsize
+            if self._coded(leaving, self._rank):
+                sent = received  # passed on as it came
+            elif self._coded(leaving, ahead):
+                ours = parcel("send", leaving)
+                sent = _bytes(ours, dtype)
+                source = link.encoding.submit(partial(self._encoded, ours, dtype), source, label)
+            else:
+                sent = exact
+                source = link.encoding.submit(lambda x: x.view(torch.uint8), source, label)
+            theirs = parcel("receive", arriving) if self._coded(arriving, self._rank) else None
+            received = rows[arriving] * width * dtype.itemsize if theirs is None else _bytes(theirs, dtype)
+            send_splits, recv_splits = [0] * size, [0] * size
+            send_splits[ahead], recv_splits[behind] = sent, received
+            levels = range(len(self._sizes))
+            link.tally.add(label, [sent * (i == level) for i in levels], [exact * (i == level) for i in levels])
+            source = self._lane.submit(AllToAll(send_splits, recv_splits, self._group, next(self._tags)), source, label)
+            tickets.append(link.decoding.submit(partial(self._decoded, theirs, dtype), source, label))
+        return tickets
+
+    def _coded(self, part: int, place: int) -> bool:
+        """Whether a part has crossed a slow link on its way around to this place."""
+        size = self._group.size()
+        path = [(part + hop) % size for hop in range((place - part) % size + 1)]
+        return any(outer_difference(*hop, self._sizes) >= self._link.slow for hop in itertools.pairwise(path))
+
+    def _encoded(self, parcel: Parcel, dtype: torch.dtype, elements: Tensor) -> Tensor:
+        payload, norms = self._link.coder.encode(parcel, elements.view(dtype).view(-1, parcel.width))
+        self._channel.missed(parcel.label, norms)
+        return payload
+
+    def _decoded(self, parcel: Parcel | None, dtype: torch.dtype, payload: Tensor) -> Tensor:
+        if parcel is None:
+            return payload.view(dtype)
+        return self._link.coder.decode(parcel, payload, dtype).flatten()
+
+
+def _bytes(parcel: Parcel, dtype: torch.dtype) -> int:
+    return sum(parcel.block_bytes(parcel.coding.row_bytes(parcel.width, dtype.itemsize)))

@@ -1,0 +1,121 @@
+"""What each receiver holds: kept by both ends of a slow link, equal bit for bit, and what it predicts.
+
+    predicted = held + damping * time * velocity        held <- predicted + decoded        velocity <- change / time
+
+`time` has passed since rows were last sent, in steps of the run as its scheduler spaces them: layers that are skipped
+age and never mix, and a scheduler that stands still or goes back is followed. Both ends compute from decoded bytes
+alone. Copies are bfloat16, MEASURED to be enough (docs/selective.md); sums are float32, and every product in them is
+exact there, so that no device's order or fusing of operations changes a bit.
+
+Legend: R rows, W width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# With one bit a residual is mostly noise, which a full step onwards would amplify: MEASURED, 1.0 gains nothing over 0.9
+# (docs/selective.md), and it is near instability (a trial lost 3 dB there).
+DAMPING = {8: 1.0, 4: 1.0, 2: 1.0, 1: 0.90625}
+COPY_DTYPE = torch.bfloat16
+COPY_BYTES = 2 * COPY_DTYPE.itemsize  # of an element: value and velocity
+
+
+Route = tuple[int, int]  # from a rank to another; from a rank to itself for what goes around a ring
+
+
+@dataclass
+class Held:
+    """Rows as one receiver has them, `(R, W)` each, and the time they are of.
+
+    Attributes:
+        routes: rows of each block, and the ranks from and to which they go.
+        reference: what the paper's rule compares V with: the sender's own last values.
+    """
+
+    value: Tensor
+    velocity: Tensor
+    time: float
+    routes: tuple[tuple[int, Route], ...]
+    reference: Tensor | None = None
+
+    def predict(self, time: float, damping: float) -> Tensor:
+        """`(R, W)` float32. A second exchange at one time starts from what the first gave."""
+        ahead = _short(damping * (time - self.time))
+        return torch.add(self.value.float(), self.velocity.float(), alpha=ahead) if ahead else self.value.float()
+
+    def update(self, new: Tensor, time: float, chosen: Tensor | None = None) -> None:
+        """Take decoded rows, float32.
+
+        Args:
+            chosen: which rows they are, `(K,)`; all if None. The others stay, and so does their velocity: where they
+                are headed is still the best guess for the next time they are sent.
+        """
+        if not len(new):
+            return
+        rounded, passed = new.to(self.value.dtype), time - self.time
+        if passed:
+            before = self.value if chosen is None else self.value[chosen]
+            velocity = ((rounded.float() - before.float()) * (1 / passed)).to(self.velocity.dtype)
+            if chosen is None:
+                self.velocity = velocity
+            else:
+                self.velocity[chosen] = velocity
+        if chosen is None:
+            self.value = rounded
+        else:
+            self.value[chosen] = rounded
+        self.time = time
+
+
+def _short(number: float) -> float:
+    """To 8 significant bits: its product with a bfloat16 is then exact in float32."""
+    return torch.tensor(number, dtype=torch.float64).to(torch.bfloat16).item()
+
+
+class Copies:
+    """Everything that this rank holds, as a sender and as a receiver."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[Hashable, ...], Held] = {}  # key: (branch, layer, tensor, end, piece, ...)
+
+    def get(self, key: tuple[Hashable, ...], rows: int, width: int) -> Held | None:
+        """None where nothing is held yet, or something of another shape, which is forgotten."""
+        held = self._held.get(key)
+        if held is not None and held.value.shape != (rows, width):
+            del self._held[key]
+            return None
+        return held
+
+    def put(self, key: tuple[Hashable, ...], held: Held) -> None:
+        self._held[key] = held
+
+    def clear(self) -> None:
+        self._held.clear()
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory of all copies."""
+        tensors = [x for held in self._held.values() for x in (held.value, held.velocity, held.reference)]
+        return sum(x.numel() * x.itemsize for x in tensors if x is not None)
+
+    def digests(self, end: str) -> dict[str, str]:
+        """A hash of each block that one end holds ("send" or "receive"): the other end's is the same, by the same name.
+
+        The name is of (branch, layer, tensor, piece, route).
+        """
+        found = {}
+        for (branch, layer, label, of, piece, *_), held in self._held.items():
+            start = 0
+            for rows, route in held.routes:
+                both = torch.stack([x[start : start + rows] for x in (held.value, held.velocity)])
+                start += rows
+                if of == end:
+                    bits = both.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+                    found[str((branch, layer, label, piece, route))] = hashlib.sha256(bits).hexdigest()
+        return found

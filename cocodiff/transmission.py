@@ -1,0 +1,220 @@
+"""What crosses slow links, as data: how exact, by which method, and so many bits at each step.
+
+Bits go early: what is wrong in the first steps is drawn for good, while the last can live with what they hold.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from cocodiff.errors import ConfigError
+from cocodiff.kernels.codes import payload_bytes
+
+RAW = 0  # bits of a row that travels as it is
+
+
+@dataclass(frozen=True)
+class Coding:
+    """How the rows of one exchange travel.
+
+    Attributes:
+        bits: of an element, 1 to 8; RAW for elements as they are.
+        share: of the rows that travel; 0 for none.
+        base: what is subtracted first: "nothing" (then no copy is kept), "held" (what the receiver has) or "predicted".
+        pick: which rows travel: "residual" (those that differ most from their base), "value" (those whose V differs
+            most from that of the last step: the paper's rule), "random" or "oldest".
+    """
+
+    bits: int
+    share: float = 1.0
+    base: str = "predicted"
+    pick: str = "residual"
+
+    def chosen(self, rows: int) -> int:
+        """How many of so many rows travel: none, all, or at least one."""
+        return rows if self.share >= 1 else min(rows, math.ceil(self.share * rows - 1e-9))
+
+    def told(self, rows: int, label: str) -> bool:
+        """Whether a bit a row says which travel; not where both ends know."""
+        picks = ("residual",) if label in ("q", "k") else ("residual", "value")  # the paper's mask is V's, told with V
+        return self.pick in picks and 0 < self.chosen(rows) < rows
+
+    def row_bytes(self, width: int, itemsize: int) -> int:
+        return width * itemsize if self.bits == RAW else payload_bytes(width, self.bits)
+
+    def bytes_of(self, rows: int, row_bytes: int, label: str) -> int:
+        """On the wire, in rows of so many bytes (`row_bytes`)."""
+        return (-(-rows // 8) if self.told(rows, label) else 0) + self.chosen(rows) * row_bytes
+
+
+FULL = Coding(RAW, base="held")
+# What a step may be given, most first, and what it leaves of a residual: for whole rows the distortion of a Gaussian
+# source, beyond that TUNED (docs/selective.md), since what is not sent is missing at all later steps.
+LADDER = (Coding(8), Coding(4), Coding(2), Coding(1), Coding(1, 0.5), Coding(1, 0.25), Coding(1, 0.0))
+_LEFT = (9e-5, 1.15e-2, 0.119, 0.363, 2.0, 5.0, 15.0)
+_FIRST = 100.0  # weight of the first step, which has nothing to predict from
+_DECAY = 1.8  # step t weighs (1 + 28 t / steps) ** -_DECAY. TUNED, too
+
+METHODS = {
+    "predicted": "residuals of a prediction, many bits early and few late",
+    "v_major": "the paper's rule: the rows whose V changed most, more of them early",
+    "changed_rows": "the rows that differ most from what the receiver holds",
+    "random_rows": "rows at random",
+    "oldest_rows": "the rows that were not sent for longest",
+    "plain": "all rows with as few bits as it takes, no residual",
+    "residual": "residuals of what the receiver holds, without prediction; bits as in `predicted`",
+    "skip": "everything at every n-th step, nothing between",
+}
+_PICKS = {"v_major": "value", "changed_rows": "residual", "random_rows": "random", "oldest_rows": "oldest"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selective:
+    """Send a share of the bytes on slow links; everything inside them stays exact.
+
+    Sender and receiver keep what the receiver holds, predict the next values from it, and only the quantised residual
+    of that prediction travels.
+
+    Args:
+        budget: share of the bytes that exact sends, over a whole run; 1 is exact.
+        budget_ring: the same where keys and values alone cross slow links (a ring over nodes); `budget` if None.
+        level: the innermost level where it applies (all outside it, too); None for the slow ones of the cluster.
+        max_error: bound of the relative residual error of a step, measured at the senders. Where it is left, the next
+            exchanges carry more bits, until it holds.
+        method: one of `METHODS`; all but the first are there to compare.
+        warmup, refresh: for methods that send rows: whole steps at the beginning; every so many a whole one (0: never).
+        check: compare the copies of both ends after each run, by a hash.
+
+    >>> [coding.bits * coding.share for coding in Selective(budget=1 / 8).codings(steps=6, width=128, itemsize=2)]
+    [8.0, 1.0, 1.0, 0.5, 0.5, 0.5]
+    """
+
+    budget: float = 1 / 8
+    budget_ring: float | None = None
+    level: str | None = None
+    max_error: float | None = None
+    method: str = "predicted"
+    warmup: int = 1
+    refresh: int = 0
+    check: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("budget", "budget_ring", "max_error"):
+            value = getattr(self, name)
+            if value is None and name != "budget":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+                raise ConfigError(f"{name}={value!r} is not a number above 0, at most 1.")
+        if self.method not in METHODS:
+            raise ConfigError(f"method={self.method!r} is not one of {', '.join(METHODS)}.")
+        for name, least in (("warmup", 1), ("refresh", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(f"{name}={value!r} is not a whole number of at least {least}.")
+        if self.level is not None and not isinstance(self.level, str):
+            raise ConfigError(f"level={self.level!r} is not the name of a level.")
+
+    @classmethod
+    def of(cls, transmission: str | Selective) -> Selective | None:
+        """A preset by name, or itself; None for `"exact"` and for a budget of 1."""
+        if isinstance(transmission, str):
+            if transmission != "exact" and transmission not in PRESETS:
+                names = ", ".join(map(repr, ("exact", *PRESETS)))
+                raise ConfigError(f"transmission={transmission!r} is not one of {names}, nor a cocodiff.Selective.")
+            return PRESETS.get(transmission)
+        if not isinstance(transmission, Selective):
+            raise ConfigError(f"transmission={transmission!r} is neither a name nor a cocodiff.Selective.")
+        return None if transmission.budget == 1 else transmission
+
+    @classmethod
+    def v_major(cls, budget: float = 1 / 2, warmup: int = 1, refresh: int = 10, **settings: object) -> Selective:
+        """V-major selection as in the CoCoDiff paper (arXiv 2604.14561): the rows whose V changed most since the last
+        step, by the L1 distance, for V, K and Q; so many that the share falls in a straight line over the steps, with
+        whole steps at the beginning and every `refresh` steps. The paper says nothing of outputs: theirs are chosen by
+        their own change here."""
+        return cls(budget=budget, method="v_major", warmup=warmup, refresh=refresh, **settings)  # type: ignore[arg-type]
+
+    def in_bits(self, itemsize: int, ring: bool) -> float:
+        """Of one element, on average over a run."""
+        budget = self.budget_ring if ring and self.budget_ring is not None else self.budget
+        return budget * itemsize * 8
+
+    def codings(self, steps: int, width: int, itemsize: int, ring: bool = False) -> tuple[Coding, ...]:
+        """What each step sends; its mean over the steps is at most the budget.
+
+        Raises:
+            ConfigError: the budget cannot hold what the first step needs.
+        """
+        bits = self.in_bits(itemsize, ring)
+        if self.method in ("predicted", "residual"):
+            spread = _spread(bits, steps, width, min(8, itemsize * 8 - 1))
+            return tuple(replace(coding, base="held") for coding in spread) if self.method == "residual" else spread
+        return _comparisons(self, bits, steps, width, itemsize * 8)
+
+
+PRESETS = {
+    "high": Selective(budget=1 / 4),
+    "balanced": Selective(budget=1 / 8),
+    "fast": Selective(budget=1 / 16, budget_ring=1 / 32),
+}
+
+
+@lru_cache(maxsize=256)
+def _spread(bits: float, steps: int, width: int, most: int) -> tuple[Coding, ...]:
+    """Reverse water-filling: again and again the step gains most, by its weight, from what another bit costs."""
+    rungs = [(coding, left) for coding, left in zip(LADDER, _LEFT, strict=True) if coding.bits <= most]
+    costs = [coding.bytes_of(8000, coding.row_bytes(width, 0), "v") / 1000 / width for coding, _ in rungs]
+    weights = [(1 + 28 * step / steps) ** -_DECAY * (1 if step else _FIRST) for step in range(steps)]
+    least = max(index for index, (coding, _) in enumerate(rungs) if coding.share == 1)
+    at = [least] + [len(rungs) - 1] * (steps - 1)  # all rows must have come once
+    spent = costs[least]
+    if spent > bits * steps:
+        raise ConfigError(
+            f"{bits:.3g} bits an element over {steps} steps are {bits * steps:.3g}, but the first step alone needs "
+            f"{spent:.3g}: rows of {width} elements take a bit each and a byte of scale. Use a larger budget, or "
+            "more steps."
+        )
+    while True:
+        gains = [
+            (weights[step] * (rungs[now][1] - rungs[rung][1]) / (costs[rung] - costs[now]), -step, -rung)
+            for step, now in enumerate(at)
+            for rung in range(now)
+            if spent + costs[rung] - costs[now] <= bits * steps + 1e-9
+        ]
+        if not gains:
+            return tuple(rungs[rung][0] for rung in at)
+        _, step, rung = max(gains)
+        spent += costs[-rung] - costs[at[-step]]
+        at[-step] = -rung
+
+
+def _comparisons(selective: Selective, bits: float, steps: int, width: int, whole: int) -> tuple[Coding, ...]:
+    """The methods to compare with, `whole` bits an element where it is sent as it is."""
+    if selective.method == "plain":
+        fitting = [n for n in (8, 4, 2, 1) if payload_bytes(width, n) * 8 / width <= bits]
+        if not fitting:
+            raise ConfigError(f"{bits:.3g} bits an element cannot hold rows of {width} with a byte of scale.")
+        return (Coding(fitting[0], base="nothing"),) * steps
+    full = bits / whole * steps  # so many whole steps could be sent
+    if full < 1:
+        raise ConfigError(
+            f"{selective.method} with a budget of {bits / whole:.3g} over {steps} steps cannot send one whole step."
+        )
+    if selective.method == "skip":
+        sent = {round(index * steps / int(full)) for index in range(int(full))}
+        return tuple(FULL if step in sent else Coding(RAW, 0.0, "held") for step in range(steps))
+    pick = _PICKS[selective.method]
+    warmup, refresh = selective.warmup, selective.refresh
+    whole_steps = {t for t in range(steps) if t < warmup or (refresh and t % refresh == 0)}
+    if len(whole_steps) > full:  # a small budget: fewer whole steps, the first always
+        whole_steps = {0}
+    rest = [t for t in range(steps) if t not in whole_steps]
+    told = 0 if pick in ("random", "oldest") else 1 / whole / width
+    mean = max((full - len(whole_steps)) / max(len(rest), 1) - told, 0.0)
+    # A straight line that ends at 0 (or starts at 1, for a large mean) and has this mean over the rest.
+    slope = min(mean, 1 - mean) if pick == "value" else 0.0
+    places = {t: (index + 0.5) / len(rest) for index, t in enumerate(rest)}
+    shares = {t: mean + slope * (1 - 2 * place) for t, place in places.items()}
+    return tuple(FULL if t in whole_steps else Coding(RAW, shares[t], "held", pick) for t in range(steps))
