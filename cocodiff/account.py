@@ -86,7 +86,8 @@ def _errors(engine: Engine) -> dict[str, Any]:
     """Sums over all ranks of squared norms, by step, layer and tensor, and their ratios."""
     selection, group = engine.selection, engine.mesh.host_group
     assert selection is not None
-    sizes = torch.tensor([max((key[axis] for key in selection.missed), default=-1) + 1 for axis in (0, 1)])
+    seen = [(step + 1, layer + 1) for step, layer, _ in selection.missed]
+    sizes = torch.tensor([max((one[axis] for one in seen), default=0) for axis in (0, 1)])
     dist.all_reduce(sizes, dist.ReduceOp.MAX, group=group)  # a rank may have nothing that crosses
     sums = torch.zeros(*sizes.tolist(), len(LABELS), 2, dtype=torch.float64)
     if selection.missed:
@@ -101,8 +102,8 @@ def _errors(engine: Engine) -> dict[str, Any]:
 
     each, worst = relative(), None
     if each.numel():
-        step, layer, label = (int(index) for index in torch.unravel_index(each.argmax(), each.shape))
-        worst = {"error": float(each.max()), "step": step, "layer": layer, "tensor": LABELS[label]}
+        at = [int(index) for index in torch.unravel_index(each.argmax(), each.shape)]
+        worst = {"error": float(each.max()), "step": at[0], "layer": at[1], "tensor": LABELS[at[2]]}
     return {
         "steps": relative(1, 2).tolist(),
         "layers": relative(0, 2).tolist(),

@@ -5,7 +5,6 @@ Bits go early: what is wrong in the first steps is drawn for good, while the las
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -34,7 +33,7 @@ class Coding:
 
     def chosen(self, rows: int) -> int:
         """How many of so many rows travel: none, all, or at least one."""
-        return rows if self.share >= 1 else min(rows, math.ceil(self.share * rows - 1e-9))
+        return rows * int(self.share) if self.share in (0, 1) else min(rows, max(1, int(self.share * rows)))
 
     def told(self, rows: int, label: str) -> bool:
         """Whether a bit a row says which travel; not where both ends know."""

@@ -9,6 +9,7 @@ import typer
 
 from cocodiff.cli.bench import bench_app
 from cocodiff.cli.generate import generate
+from cocodiff.cli.quality import quality
 from cocodiff.cli.report import report_app
 from cocodiff.cli.start import rank_words
 from cocodiff.errors import CocodiffError
@@ -20,6 +21,7 @@ app = typer.Typer(
     help="Diffusion transformers on many ranks.",
 )
 app.command()(generate)
+bench_app.command()(quality)
 app.add_typer(bench_app, name="bench")
 app.add_typer(report_app, name="report")
 

@@ -37,24 +37,34 @@ def generate(
     exchange: str = "auto",
     schedule: str = "v_first",
     cluster: Annotated[str, typer.Option(help="auto, a preset's name or a JSON file.")] = "auto",
+    transmission: Annotated[str, typer.Option(help="Over slow links: exact, high, balanced or fast.")] = "exact",
     cfg_degree: Annotated[int | None, typer.Option(min=1, help="2: a half of the ranks for each branch.")] = None,
     ring_degree: Annotated[int | None, typer.Option(min=1, help="Parts whose keys and values travel.")] = None,
     ulysses_degree: Annotated[int | None, typer.Option(min=1, help="Ranks that share a part by heads.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Record all lanes into this folder, a file a rank.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write there, as JSON, what was sent, missed and held.")] = None,
     compare: Annotated[bool, typer.Option(help="Draw on one rank, too, and say how the pictures differ.")] = False,
 ) -> None:
     """Draw one picture or clip on all ranks."""
     if ranks is not None:
         raise SystemExit(start_ranks(ranks))
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of parts that are not used here, per rank
+    from cocodiff.bench.results import as_json, write
     from cocodiff.cli import files
     from cocodiff.config import Config
     from cocodiff.launch.job import start_job
     from cocodiff.report import write_trace
     from cocodiff.wrap import attach
 
-    degrees = dict(cfg_degree=cfg_degree, ring_degree=ring_degree, ulysses_degree=ulysses_degree)
-    config = Config(exchange=exchange, schedule=schedule, cluster=cluster, **degrees)
+    config = Config(
+        exchange=exchange,
+        schedule=schedule,
+        cluster=cluster,
+        cfg_degree=cfg_degree,
+        ring_degree=ring_degree,
+        ulysses_degree=ulysses_degree,
+        transmission=transmission,
+    )
     call: dict[str, Any] = dict(prompt=prompt, height=height, width=width, num_inference_steps=steps, output_type="np")
     if guidance is not None:
         call["guidance_scale"] = guidance
@@ -82,6 +92,8 @@ def generate(
         write_trace(timeline, trace, job.rank)
     if not pipe.cocodiff.is_main:
         return
+    if report is not None:
+        write(report, as_json(pipe.cocodiff.report()))
     saved = files.save(picture[0], out)
     print(f"{saved}: {prompt!r} drawn by {pipe.cocodiff.world_size} rank(s) on {pipe.cocodiff.device.type}")
     if alone is not None:

@@ -149,8 +149,8 @@ class Coder:
         if coding.pick == "value":
             reference = held.value.float() if held.reference is None else held.reference
             scores = torch.linalg.vector_norm(own - reference, 1, dim=1)
-            if parcel.label == "v":  # one mask of tokens for all peers: each has the same ones, for other heads
-                scores = scores.view(len(parcel.blocks), -1).sum(0).repeat(len(parcel.blocks))
+            if parcel.label == "v":
+                scores = _over_peers(scores, parcel)
         else:
             scores = torch.linalg.vector_norm(own - base, dim=1)
         each, start = [], 0
@@ -205,6 +205,15 @@ def _decoded(payload: Tensor, base: Tensor, bits: int) -> Tensor:
 
 def _some(x: Tensor, chosen: Tensor | None) -> Tensor:
     return x if chosen is None else x[chosen]
+
+
+def _over_peers(scores: Tensor, parcel: Parcel) -> Tensor:
+    """Sums over what a rank has for its peers: the same tokens, for other heads. One mask is for all of them."""
+    each = scores.split(list(parcel.blocks))
+    totals: dict[int, Tensor] = {}
+    for (source, _), mine in zip(parcel.routes, each, strict=True):
+        totals[source] = totals[source] + mine if source in totals else mine
+    return torch.cat([totals[source] for source, _ in parcel.routes])
 
 
 def _agreed(parcel: Parcel, device: torch.device) -> Tensor:

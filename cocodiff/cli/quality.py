@@ -1,0 +1,88 @@
+"""`cocodiff bench quality`: pictures of selective transmission against exact ones."""
+
+from __future__ import annotations
+
+import sys
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cocodiff.errors import ConfigError
+
+
+def quality(
+    out: Annotated[Path, typer.Option(help="A folder; units whose results are there are not run again.")],
+    tasks: Annotated[str, typer.Option(help="text2image and inpaint, with commas.")] = "text2image,inpaint",
+    steps: Annotated[str, typer.Option(help="With commas.")] = "28,50",
+    hosts: Annotated[str, typer.Option(help="Hosts x ranks of each, with commas.")] = "2x2",
+    crossing: Annotated[str, typer.Option(help="ulysses (Q, K, V, O cross), ring (K and V).")] = "ulysses,ring",
+    methods: Annotated[str, typer.Option(help="rounding, predicted, v_major, .. with commas.")] = "rounding,predicted",
+    budgets: Annotated[str, typer.Option(help="Shares of an exact bfloat16 wire.")] = "1/2,1/4,1/8,1/16,1/32",
+    captions: Annotated[int, typer.Option(min=1, max=64, help="Held-out captions.")] = 64,
+    seeds: Annotated[int, typer.Option(min=1, help="Of each caption.")] = 2,
+    part: Annotated[str, typer.Option(help="1/2 and 2/2: two processes share the units.")] = "1/1",
+    threads: Annotated[int | None, typer.Option(min=1, help="Of this process.")] = None,
+    sheet: Annotated[bool, typer.Option(help="Draw the contact sheet, too.")] = False,
+) -> None:
+    """Draw every method at every budget in one process that plays all ranks; a table, a plot and JSON."""
+    import torch
+
+    from cocodiff.bench import gallery
+    from cocodiff.bench.quality import TASKS, Prompts, draw, run_unit, units
+    from cocodiff.bench.results import as_json, check_folder, write
+    from cocodiff.bench.simulate import Hosts, Simulation
+    from cocodiff.tiny import pictures
+    from cocodiff.transmission import PRESETS, Selective
+
+    names = tasks.split(",")
+    if unknown := [name for name in names if name not in TASKS]:
+        raise ConfigError(f"--tasks {','.join(unknown)}: there are {', '.join(TASKS)}.")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    check_folder(out)
+    sizes = [_numbers("--hosts", one, "x") for one in hosts.split(",")]
+    where = [Hosts(count, ranks, way == "ring") for count, ranks in sizes for way in _ways(crossing)]
+    shares = [_share(text) for text in budgets.split(",")]
+    chosen = units(names, _numbers("--steps", steps, ","), where, methods.split(","), shares)
+    index, of = _numbers("--part", part, "/")
+    prompts = Prompts(captions, seeds)
+    say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
+    results = [run_unit(unit, prompts, out, say) for unit in chosen[index - 1 :: of]]
+    if of > 1:
+        return
+    write(out / "quality.json", as_json({"units": results}))
+    write(out / "quality.md", gallery.table(results))
+    print(gallery.table(results))
+    gallery.plot(results, out / "quality.png")
+    if sheet:
+        batch = [(number, 0) for number in range(min(4, captions))]
+        exact, _ = draw("text2image", 28, batch)
+        columns = {}
+        for name, selective in {**PRESETS, "v_major 1/8": Selective.v_major(1 / 8)}.items():
+            simulation = Simulation(selective, Hosts(), {"text": 16, "image": 256}, 28)
+            columns[name], _ = draw("text2image", 28, batch, simulation)
+        texts = [pictures.held_out_scenes()[number].caption for number, _ in batch]
+        gallery.contact_sheet(exact, columns, texts, out / "sheet.png")
+
+
+def _numbers(option: str, text: str, mark: str) -> list[int]:
+    parts = text.split(mark)
+    if not all(one.isdecimal() and int(one) for one in parts) or (mark != "," and len(parts) != 2):
+        raise ConfigError(f"{option} {text}: write whole numbers with {mark!r} between them.")
+    return [int(one) for one in parts]
+
+
+def _ways(text: str) -> list[str]:
+    ways = text.split(",")
+    if set(ways) - {"ulysses", "ring"}:
+        raise ConfigError(f"--crossing {text}: ulysses, ring, or both with a comma.")
+    return ways
+
+
+def _share(text: str) -> float:
+    try:
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        raise ConfigError(f"--budgets {text}: write shares as 1/8 or 0.125.") from None
