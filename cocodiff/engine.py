@@ -153,6 +153,8 @@ class Engine:
         mesh, seq_lens = self.mesh, [length for layout in layouts for length in layout.seq_lens]
         rows, cluster = sum(seq_lens) / len(seq_lens), mesh.ulysses.cluster
         tensor_bytes = rows * width * itemsize
+        if self.selection is not None:
+            tensor_bytes *= self.selection.share(itemsize)
         seconds = {name: cluster.seconds(name, tensor_bytes) for name in ("flat", "staged")}
         choice = self.config.exchange
         if choice == "auto":

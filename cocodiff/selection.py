@@ -74,6 +74,10 @@ class Selection:
     def running(self) -> bool:
         return self._times is not None
 
+    def share(self, itemsize: int) -> float:
+        """Of the bytes of an exact exchange, on average over the run that is running; 1 outside one."""
+        return self.selective.in_bits(itemsize, self.alone) / (8 * itemsize) if self.running else 1.0
+
     def expect(self, times: Callable[[], Sequence[float]], branches: int) -> None:
         """A run begins with the next forward.
 

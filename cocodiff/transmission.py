@@ -53,8 +53,10 @@ FULL = Coding(RAW, base="held")
 # source, beyond that TUNED (docs/selective.md), since what is not sent is missing at all later steps.
 LADDER = (Coding(8), Coding(4), Coding(2), Coding(1), Coding(1, 0.5), Coding(1, 0.25), Coding(1, 0.0))
 _LEFT = (9e-5, 1.15e-2, 0.119, 0.363, 2.0, 5.0, 15.0)
-_FIRST = 100.0  # weight of the first step, which has nothing to predict from
-_DECAY = 1.8  # step t weighs (1 + 28 t / steps) ** -_DECAY. TUNED, too
+_FIRST = 10.0  # weight of the first step, which has nothing to predict from
+_DECAY = 1.4  # step t weighs (1 + 28 t / steps) ** -_DECAY. TUNED, too
+# Of fewer steps each weighs more, and there is less to predict from: the budget grows by this number over theirs.
+SHORT_RUN = 20
 
 METHODS = {
     "predicted": "residuals of a prediction, many bits early and few late",
@@ -87,7 +89,7 @@ class Selective:
         check: compare the copies of both ends after each run, by a hash.
 
     >>> [coding.bits * coding.share for coding in Selective(budget=1 / 8).codings(steps=6, width=128, itemsize=2)]
-    [8.0, 1.0, 1.0, 0.5, 0.5, 0.5]
+    [8.0, 8.0, 8.0, 4.0, 4.0, 4.0]
     """
 
     budget: float = 1 / 8
@@ -141,12 +143,14 @@ class Selective:
         return budget * itemsize * 8
 
     def codings(self, steps: int, width: int, itemsize: int, ring: bool = False) -> tuple[Coding, ...]:
-        """What each step sends; its mean over the steps is at most the budget.
+        """What each step sends; its mean over the steps is at most the budget, which grows in short runs.
 
         Raises:
             ConfigError: the budget cannot hold what the first step needs.
         """
-        bits = self.in_bits(itemsize, ring)
+        bits = self.in_bits(itemsize, ring) * max(1.0, SHORT_RUN / steps)
+        if bits >= itemsize * 8:
+            return (Coding(RAW, base="nothing"),) * steps
         if self.method in ("predicted", "residual"):
             spread = _spread(bits, steps, width, min(8, itemsize * 8 - 1))
             return tuple(replace(coding, base="held") for coding in spread) if self.method == "residual" else spread

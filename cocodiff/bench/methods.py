@@ -25,14 +25,22 @@ from cocodiff.lanes import Lane, Ticket
 from cocodiff.launch.job import Job
 from cocodiff.models import FAMILIES, Family
 from cocodiff.topology import load_cluster
+from cocodiff.transmission import Selective
 from cocodiff.wrap import make_door
 
+RUN = 20  # steps of a run: as many as it takes not to be a short one
 DESCRIPTIONS = {
     "single": "one rank, unwrapped diffusers",
     "diffusers": "diffusers' own context parallelism (Ulysses)",
     "ulysses": "ours: one flat exchange, sequential",
     "exact": "ours: every exact mechanism",
+    "high": "ours, 1/4 of the bytes on slow links",
+    "balanced": "ours, 1/8 of the bytes on slow links",
+    "fast": "ours, 1/16 of the bytes on slow links; 1/32 where keys and values alone cross",
+    "v_major": "the CoCoDiff paper's selection of rows, 1/2 of the bytes on slow links",
 }
+
+OURS = ("exact", "high", "balanced", "fast", "v_major")  # which have a choice of meshes
 
 
 class Method:
@@ -43,6 +51,7 @@ class Method:
         engine: ours, where there is one: it counts bytes and keeps timelines.
         everyone: false where rank 0 runs alone.
         around: entered around a series of steps.
+        run: steps of a whole run, where one step is not like another; else None.
     """
 
     def __init__(
@@ -52,8 +61,10 @@ class Method:
         engine: Engine | None = None,
         everyone: bool = True,
         around: Callable[[], Any] = contextlib.nullcontext,
+        run: int | None = None,
     ) -> None:
         self.name, self.step, self.engine, self.everyone, self.around = name, step, engine, everyone, around
+        self.run = run
 
 
 def make_method(
@@ -79,7 +90,10 @@ def make_method(
     if name == "diffusers":
         return _diffusers(model, shape, job, guided)
     baseline = Config(exchange="flat", schedule="sequential", cluster=cluster, ulysses_degree=job.world_size)
-    config = baseline if name == "ulysses" else Config.of(None, {"cluster": cluster, **degrees})
+    config = baseline
+    if name != "ulysses":
+        transmission = Selective.v_major() if name == "v_major" else name
+        config = Config.of(None, {"cluster": cluster, "transmission": transmission, **degrees})
     return _ours(name, config, _copy(model), shape, job, guided)
 
 
@@ -112,8 +126,10 @@ def _ours(name: str, config: Config, model: Any, shape: Shape, job: Job, guided:
     cluster, _ = load_cluster(config.cluster, job.hosts, job.device.type)
     family = _family(shape)
     door = make_door(model.to(job.device), family, config, cluster, replace(job, shared=True))
-    around = partial(door.in_pipeline, guided and not family.batched)
-    return Method(name, _step(model, shape, job, guided), door.engine, around=around)
+    run = None if door.engine.selection is None else RUN
+    times = None if run is None else lambda: [float(RUN - step) for step in range(RUN)]
+    around = partial(door.in_pipeline, guided and not family.batched, times)
+    return Method(name, _step(model, shape, job, guided), door.engine, around=around, run=run)
 
 
 def _diffusers(model: Any, shape: Shape, job: Job, guided: bool) -> Method:

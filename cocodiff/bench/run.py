@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cocodiff.bench.links import busiest_links, goodput, inner_ranks, interface_bytes
-from cocodiff.bench.methods import DESCRIPTIONS, Method, compute_method, make_method, synchronize
+from cocodiff.bench.methods import DESCRIPTIONS, OURS, Method, compute_method, make_method, synchronize
 from cocodiff.bench.models import build_transformer
 from cocodiff.bench.shapes import Shape
 from cocodiff.errors import ConfigError
@@ -55,7 +55,7 @@ def run_bench(
 
     Args:
         trace: a folder; one more step of each method of ours is recorded there, in a folder of its name.
-        meshes: degrees of `exact`, which runs with each of them. Where one has cfg_degree=2, a step of every method
+        meshes: degrees of `exact` and of what is selective, which run with each of them. Where one has cfg_degree=2, a step of every method
             computes two branches.
 
     Returns:
@@ -67,7 +67,7 @@ def run_bench(
     guided = any(mesh.get("cfg_degree", 1) > 1 for mesh in meshes)
     makers: dict[str, Callable[[], Method]] = {}
     for name in names:
-        for mesh in meshes if name == "exact" else ({},):
+        for mesh in meshes if name in OURS else ({},):
             words = [name, *(f"{axis.removesuffix('_degree')}{degree}" for axis, degree in mesh.items())]
             makers[" ".join(words)] = partial(make_method, name, model, shape, job, cluster, mesh, guided)
     if job.world_size > 1:
@@ -100,17 +100,18 @@ def _warmed_up(make: Callable[[], Method], job: Job) -> Record:
     try:
         record.method = make()
         with torch.no_grad():
-            _time(record.method, 1, job)
+            if record.method.run is None:
+                _time(record.method, 1, job)
             engine = record.method.engine
             if engine is not None:
                 engine.tally.clear()
             synchronize(job)
             before = interface_bytes()
             _, record.output = _time(record.method, 1, job)
-            after = interface_bytes()
-            record.crossed = None if before is None or after is None else after - before
+            after, run = interface_bytes(), record.method.run or 1
+            record.crossed = None if before is None or after is None else (after - before) // run
             if engine is not None:
-                record.sent = engine.tally.by_level(len(engine.mesh.cluster.levels))
+                record.sent = [count // run for count in engine.tally.by_level(len(engine.mesh.cluster.levels))]
     except Exception as error:
         record.error = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     errors = _everyone(record.error, job)
@@ -119,8 +120,8 @@ def _warmed_up(make: Callable[[], Method], job: Job) -> Record:
 
 
 def _time(method: Method, steps: int, job: Job) -> tuple[float, Tensor | None]:
-    """Seconds a step of the slowest rank, and the last output of this one."""
-    output = None
+    """Seconds a step of the slowest rank, and the last output of this one. A method that has runs runs a whole one."""
+    output, steps = None, method.run or steps
     synchronize(job)
     began = time.perf_counter()
     if method.everyone or job.is_main:
