@@ -26,6 +26,7 @@ COPY_DTYPE = torch.bfloat16
 COPY_BYTES = 2 * COPY_DTYPE.itemsize  # of an element: value and velocity
 
 
+Rows = slice | Tensor
 Route = tuple[int, int]  # from a rank to another; from a rank to itself for what goes around a ring
 
 
@@ -44,33 +45,32 @@ class Held:
     routes: tuple[tuple[int, Route], ...]
     reference: Tensor | None = None
 
-    def predict(self, time: float, damping: float) -> Tensor:
-        """`(R, W)` float32. A second exchange at one time starts from what the first gave."""
-        ahead = _short(damping * (time - self.time))
-        return torch.add(self.value.float(), self.velocity.float(), alpha=ahead) if ahead else self.value.float()
+    @classmethod
+    def nothing(cls, rows: int, width: int, time: float, routes: tuple[tuple[int, Route], ...], like: Tensor) -> Held:
+        """What is held before the first exchange."""
+        value, velocity = (like.new_zeros(rows, width, dtype=COPY_DTYPE) for _ in range(2))
+        return cls(value, velocity, time, routes)
 
-    def update(self, new: Tensor, time: float, chosen: Tensor | None = None) -> None:
+    def predict(self, rows: Rows, time: float, damping: float) -> tuple[Tensor, Tensor]:
+        """Some rows as they are held, and as they are predicted, float32.
+
+        A second exchange at one time starts from what the first gave.
+        """
+        value, ahead = self.value[rows].float(), _short(damping * (time - self.time))
+        return value, torch.add(value, self.velocity[rows].float(), alpha=ahead)
+
+    def update(self, rows: Rows, new: Tensor, before: Tensor, time: float) -> None:
         """Take decoded rows, float32.
 
+        Other rows stay, and so does their velocity: where they are headed is still the best guess for the next time
+        they are sent. Whoever has taken all sets `time`.
+
         Args:
-            chosen: which rows they are, `(K,)`; all if None. The others stay, and so does their velocity: where they
-                are headed is still the best guess for the next time they are sent.
+            before: these rows as `predict` gave them as held.
         """
-        if not len(new):
-            return
-        rounded, passed = new.to(self.value.dtype), time - self.time
-        if passed:
-            before = self.value if chosen is None else self.value[chosen]
-            velocity = ((rounded.float() - before.float()) * (1 / passed)).to(self.velocity.dtype)
-            if chosen is None:
-                self.velocity = velocity
-            else:
-                self.velocity[chosen] = velocity
-        if chosen is None:
-            self.value = rounded
-        else:
-            self.value[chosen] = rounded
-        self.time = time
+        if passed := time - self.time:
+            self.velocity[rows] = (new - before).mul_(1 / passed).to(COPY_DTYPE)
+        self.value[rows] = new.to(COPY_DTYPE)
 
 
 def _short(number: float) -> float:

@@ -55,8 +55,8 @@ def run_bench(
 
     Args:
         trace: a folder; one more step of each method of ours is recorded there, in a folder of its name.
-        meshes: degrees of `exact` and of what is selective, which run with each of them. Where one has cfg_degree=2, a step of every method
-            computes two branches.
+        meshes: degrees of `exact` and of what is selective, which run with each of them. Where one has cfg_degree=2, a
+            step of every method computes two branches.
 
     Returns:
         the result as JSON values; docs/bench.md has the schema. Rank 0's is the one to show.

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from cocodiff.kernels import codes
-from cocodiff.similarity import COPY_DTYPE, DAMPING, Copies, Held, Route
+from cocodiff.similarity import DAMPING, Copies, Held, Route, Rows
 from cocodiff.transmission import RAW, Coding
 
-LARGEST_ROTATION = 128  # elements that are mixed: a row is cut into equal parts of at most so many
+CACHED_ELEMENTS = 2**16  # MEASURED on a CPU: more at once take up to 1.6 times as long each, fewer cost more calls
+LARGEST_ROTATION = 64  # elements that are mixed: a row is cut into equal parts of at most so many
 
 
 @dataclass(frozen=True)
@@ -78,107 +79,150 @@ class Coder:
 
     def encode(self, parcel: Parcel, x: Tensor) -> tuple[Tensor, Tensor]:
         """`(R, W)` -> payload (one-dimensional, uint8), and the squared norms of what it misses and of `x`, `(2,)`."""
-        coding, held = parcel.coding, self._held(parcel)
-        own = x.float() if coding.bits == RAW else self._turned(x.float())
-        base = _base(parcel, held, own)
-        chosen = self._choose(parcel, held, own, base)
+        coding, held = parcel.coding, self._held(parcel, x)
         if coding.bits == RAW:
-            rows = _some(x, chosen).contiguous()
-            payload, new = rows.view(torch.uint8), rows.float()
-        else:
-            base = _some(base, chosen)
-            payload = codes.encode(_some(own, chosen) - base, coding.bits)
-            new = _decoded(payload, base, coding.bits)
-        held = self._keep(parcel, held, new, chosen)
-        if held is not None and coding.pick == "value":
-            held.reference = own
-        if chosen is not None:
-            payload = _with_masks(parcel, payload, chosen)
-        missed = own - (new if chosen is None or held is None else held.value.float())
-        norms = torch.stack([torch.linalg.vector_norm(missed), torch.linalg.vector_norm(own)])
-        return payload.flatten(), norms.square()
+            return self._encode_raw(parcel, held, x)
+        if not parcel.whole:
+            return self._encode_some(parcel, held, x)
+        parts, norms = [], []
+        for rows in _some_at_a_time(x):
+            own = self._turned(x[rows].float())
+            before, base = _based(parcel, held, rows, own)
+            payload, levels, steps = codes.quantise(own - base, coding.bits)
+            new = base.addcmul_(levels, steps)
+            _take(parcel, held, rows, new, before)
+            parts.append(payload)
+            norms.append(_energies(own - new, own))
+        _moved(parcel, held)
+        return torch.cat(parts).flatten(), torch.stack(norms).sum(0)
 
     def decode(self, parcel: Parcel, payload: Tensor, dtype: torch.dtype) -> Tensor:
         """What the receiver has after a payload, `(R, W)`."""
-        coding, held = parcel.coding, self._held(parcel)
-        rows = payload.view(-1, coding.row_bytes(parcel.width, dtype.itemsize)) if parcel.whole else payload
-        chosen = None
+        coding, held = parcel.coding, self._held(parcel, payload)
+        row_bytes = coding.row_bytes(parcel.width, dtype.itemsize)
+        if coding.bits == RAW:
+            return self._decode_raw(parcel, held, payload, dtype, row_bytes)
         if not parcel.whole:
-            chosen, rows = self._chosen(parcel, payload, coding.row_bytes(parcel.width, dtype.itemsize))
-        if coding.bits == RAW:
-            rows = rows.contiguous().view(dtype)
-            new = rows.float()
-        else:
-            new = _decoded(rows, _some(_base(parcel, held, rows), chosen), coding.bits)
-        held = self._keep(parcel, held, new, chosen)
-        if chosen is None:
-            return rows if coding.bits == RAW else self._turned(new, back=True).to(dtype)
+            return self._decode_some(parcel, held, payload, dtype, row_bytes)
+        coded, out = payload.view(-1, row_bytes), payload.new_empty(parcel.rows, parcel.width, dtype=dtype)
+        for rows in _some_at_a_time(out):
+            before, base = _based(parcel, held, rows, out[rows])
+            new = base.addcmul_(*codes.decode(coded[rows], parcel.width, coding.bits))
+            _take(parcel, held, rows, new, before)
+            out[rows] = self._turned(new, back=True)
+        _moved(parcel, held)
+        return out
+
+    def _encode_some(self, parcel: Parcel, held: Held | None, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Coded rows, the others held."""
         assert held is not None
-        if coding.bits == RAW:
-            everything = held.value.to(dtype)
-            everything[chosen] = rows
-            return everything
+        own = self._turned(x.float())
+        base = _based(parcel, held, slice(None), own)[1]
+        chosen = self._choose(parcel, torch.linalg.vector_norm(own - base, dim=1))
+        before, base = held.value[chosen].float(), base[chosen]
+        payload, levels, steps = codes.quantise(own[chosen] - base, parcel.coding.bits)
+        _take(parcel, held, chosen, base.addcmul_(levels, steps), before)
+        _moved(parcel, held)
+        return _with_masks(parcel, payload, chosen), _energies(own - held.value.float(), own)
+
+    def _decode_some(
+        self, parcel: Parcel, held: Held | None, payload: Tensor, dtype: torch.dtype, row_bytes: int
+    ) -> Tensor:
+        assert held is not None
+        chosen, coded = self._told(parcel, payload, row_bytes)
+        before, base = _based(parcel, held, chosen, payload)
+        _take(parcel, held, chosen, base.addcmul_(*codes.decode(coded, parcel.width, parcel.coding.bits)), before)
+        _moved(parcel, held)
         return self._turned(held.value.float(), back=True).to(dtype)
 
-    def _held(self, parcel: Parcel) -> Held | None:
-        return self.copies.get(parcel.key, parcel.rows, parcel.width)
+    def _encode_raw(self, parcel: Parcel, held: Held | None, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows as they are, the others held: for methods to compare with."""
+        own = x.float()
+        if held is None:
+            return x.contiguous().view(torch.uint8).flatten(), _energies(torch.zeros_like(own), own)
+        by_value = parcel.coding.pick == "value"
+        reference = held.value.float() if held.reference is None or not by_value else held.reference
+        scores = torch.linalg.vector_norm(own - reference, 1 if by_value else 2, dim=1)
+        chosen = self._choose(parcel, _over_peers(scores, parcel) if by_value and parcel.label == "v" else scores)
+        _take(parcel, held, chosen, own[chosen], held.value[chosen].float())
+        _moved(parcel, held)
+        if by_value:
+            held.reference = own
+        missed = own - held.value.float()
+        missed[chosen] = 0.0  # what is held of them is rounded, but they travelled as they are
+        return _with_masks(parcel, x[chosen].view(torch.uint8), chosen), _energies(missed, own)
 
-    def _keep(self, parcel: Parcel, held: Held | None, new: Tensor, chosen: Tensor | None) -> Held | None:
-        """The copy after an exchange; none where nothing is subtracted from what travels."""
+    def _decode_raw(
+        self, parcel: Parcel, held: Held | None, payload: Tensor, dtype: torch.dtype, row_bytes: int
+    ) -> Tensor:
+        if held is None:
+            return payload.contiguous().view(dtype).view(parcel.rows, parcel.width)
+        chosen, coded = self._told(parcel, payload, row_bytes)
+        sent = coded.contiguous().view(dtype)
+        _take(parcel, held, chosen, sent.float(), held.value[chosen].float())
+        _moved(parcel, held)
+        everything = held.value.to(dtype)
+        everything[chosen] = sent
+        return everything
+
+    def _held(self, parcel: Parcel, like: Tensor) -> Held | None:
+        """The parcel's copy; None where nothing is subtracted from what travels."""
         if parcel.coding.base == "nothing":
             return None
+        held = self.copies.get(parcel.key, parcel.rows, parcel.width)
         if held is None:
-            assert chosen is None, "the first exchange of a copy has all rows"
+            assert parcel.whole, "the first exchange of a copy has all rows"
             routes = tuple(zip(parcel.blocks, parcel.routes, strict=True))
-            held = Held(new.to(COPY_DTYPE), torch.zeros_like(new, dtype=COPY_DTYPE), parcel.time, routes)
+            held = Held.nothing(parcel.rows, parcel.width, parcel.time, routes, like)
             self.copies.put(parcel.key, held)
-        else:
-            held.update(new, parcel.time, chosen)
         return held
 
-    def _choose(self, parcel: Parcel, held: Held | None, own: Tensor, base: Tensor) -> Tensor | None:
-        """The sender's rows that travel, `(K,)` in order; None for all."""
+    def _choose(self, parcel: Parcel, scores: Tensor) -> Tensor:
+        """The sender's rows that travel, `(K,)` in order: those with the highest scores, unless both ends know."""
         coding = parcel.coding
-        if parcel.whole:
-            return None
-        if coding.pick in ("random", "oldest") or coding.share == 0:
-            return _agreed(parcel, own.device)
-        if coding.pick == "value" and parcel.label in ("q", "k"):
-            return self._masks[parcel.mask_key]
-        assert held is not None
-        if coding.pick == "value":
-            reference = held.value.float() if held.reference is None else held.reference
-            scores = torch.linalg.vector_norm(own - reference, 1, dim=1)
-            if parcel.label == "v":
-                scores = _over_peers(scores, parcel)
-        else:
-            scores = torch.linalg.vector_norm(own - base, dim=1)
+        if (known := self._known(parcel, scores.device)) is not None:
+            return known
         each, start = [], 0
         for rows in parcel.blocks:
             best = scores[start : start + rows].topk(coding.chosen(rows)).indices
             each.append(best.sort().values + start)
             start += rows
-        chosen = torch.cat(each)
-        self._masks[parcel.mask_key] = chosen
-        return chosen
+        self._masks[parcel.mask_key] = torch.cat(each)
+        return self._masks[parcel.mask_key]
 
-    def _chosen(self, parcel: Parcel, payload: Tensor, row_bytes: int) -> tuple[Tensor, Tensor]:
+    def _told(self, parcel: Parcel, payload: Tensor, row_bytes: int) -> tuple[Tensor, Tensor]:
         """The receiver's rows that travelled, `(K,)`, and they themselves, `(K, row_bytes)`."""
-        coding = parcel.coding
-        if not coding.told(parcel.rows, parcel.label):
-            kept = self._masks.get(parcel.mask_key) if coding.pick == "value" and coding.share else None
-            return _agreed(parcel, payload.device) if kept is None else kept, payload.view(-1, row_bytes)
+        if (known := self._known(parcel, payload.device)) is not None:
+            return known, payload.view(-1, row_bytes)
         each, parts, start = [], [], 0
         for part, rows in zip(payload.split(parcel.block_bytes(row_bytes)), parcel.blocks, strict=True):
-            count, bitmap = coding.chosen(rows), -(-rows // 8) if 0 < coding.chosen(rows) < rows else 0
-            mask = codes.unpack_mask(part[:bitmap], rows) if bitmap else part.new_ones(rows, dtype=torch.bool)
+            count, mask = parcel.coding.chosen(rows), part.new_ones(rows)
+            if parcel.coding.told(rows, parcel.label):
+                bitmap = -(-rows // 8)
+                mask, part = codes.unpack_mask(part[:bitmap], rows).to(torch.uint8), part[bitmap:]
             # Set ones first, each in its order: a sort has a known size, on every device, where `nonzero` would wait.
-            each.append(mask.to(torch.uint8).argsort(descending=True, stable=True)[:count] + start)
-            parts.append(part[bitmap:])
+            each.append(mask.argsort(descending=True, stable=True)[:count] + start)
+            parts.append(part)
             start += rows
-        chosen = torch.cat(each)
-        self._masks[parcel.mask_key] = chosen
-        return chosen, torch.cat(parts).view(-1, row_bytes)
+        self._masks[parcel.mask_key] = torch.cat(each)
+        return self._masks[parcel.mask_key], torch.cat(parts).view(-1, row_bytes)
+
+    def _known(self, parcel: Parcel, device: torch.device) -> Tensor | None:
+        """Rows that both ends know without a word; None where the sender chooses."""
+        coding, each, start = parcel.coding, [], 0
+        if not parcel.whole and coding.share and coding.pick == "value" and parcel.label in ("q", "k"):
+            return self._masks[parcel.mask_key]
+        if not parcel.whole and coding.share and coding.pick in ("residual", "value"):
+            return None
+        for rows in parcel.blocks:
+            count = coding.chosen(rows)
+            if coding.pick == "random":
+                drawn = torch.randperm(rows, generator=torch.Generator().manual_seed(parcel.step))[:count]
+            else:  # the next in turn; or all, or none
+                drawn = (torch.arange(count) + parcel.step * count) % rows
+            each.append(drawn.sort().values + start)
+            start += rows
+        return torch.cat(each).to(device)
 
     def _turned(self, x: Tensor, back: bool = False) -> Tensor:
         """Each row in a basis where all its elements are alike, and back: one scale then fits them all."""
@@ -190,21 +234,36 @@ class Coder:
         return (x.reshape(-1, size) @ (matrix.T if back else matrix)).view(x.shape)
 
 
-def _base(parcel: Parcel, held: Held | None, like: Tensor) -> Tensor:
-    """What is subtracted, `(R, W)`; zero where nothing is held."""
+def _based(parcel: Parcel, held: Held | None, rows: Rows, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Some rows as they are held, and what is subtracted from them (memory of its own), float32."""
+    if held is None:
+        zeros = torch.zeros_like(like, dtype=torch.float32)
+        return zeros, zeros
     coding = parcel.coding
-    if held is None or coding.base == "nothing":
-        return torch.zeros(1, 1, device=like.device).expand(parcel.rows, parcel.width)
-    return held.predict(parcel.time, DAMPING.get(coding.bits, 0.0) if coding.base == "predicted" else 0.0)
+    damping = DAMPING.get(coding.bits, 0.0) if coding.base == "predicted" else 0.0
+    return held.predict(rows, parcel.time, damping)
 
 
-def _decoded(payload: Tensor, base: Tensor, bits: int) -> Tensor:
-    levels, steps = codes.decode(payload, base.shape[1], bits)
-    return torch.addcmul(base, levels, steps)
+def _take(parcel: Parcel, held: Held | None, rows: Rows, new: Tensor, before: Tensor) -> None:
+    if held is not None:
+        held.update(rows, new, before, parcel.time)
 
 
-def _some(x: Tensor, chosen: Tensor | None) -> Tensor:
-    return x if chosen is None else x[chosen]
+def _moved(parcel: Parcel, held: Held | None) -> None:
+    """All that travelled was taken; where nothing did, what is held ages."""
+    if held is not None and parcel.coding.share:
+        held.time = parcel.time
+
+
+def _some_at_a_time(x: Tensor) -> list[slice]:
+    """Rows in cuts that a core's cache holds; all at once elsewhere."""
+    rows, width = x.shape
+    cut = max(1, CACHED_ELEMENTS // width) if x.device.type == "cpu" else max(rows, 1)
+    return [slice(start, min(start + cut, rows)) for start in range(0, rows, cut)]
+
+
+def _energies(missed: Tensor, own: Tensor) -> Tensor:
+    return torch.stack([torch.linalg.vector_norm(missed), torch.linalg.vector_norm(own)]).square()
 
 
 def _over_peers(scores: Tensor, parcel: Parcel) -> Tensor:
@@ -216,28 +275,14 @@ def _over_peers(scores: Tensor, parcel: Parcel) -> Tensor:
     return torch.cat([totals[source] for source, _ in parcel.routes])
 
 
-def _agreed(parcel: Parcel, device: torch.device) -> Tensor:
-    """Rows that both ends know without a word: drawn by the step's number, or the next in turn, or none."""
-    each, start = [], 0
-    for rows in parcel.blocks:
-        count = parcel.coding.chosen(rows)
-        if parcel.coding.pick == "random":
-            drawn = torch.randperm(rows, generator=torch.Generator().manual_seed(parcel.step))[:count]
-        else:
-            drawn = (torch.arange(count) + parcel.step * count) % rows
-        each.append(drawn.sort().values + start)
-        start += rows
-    return torch.cat(each).to(device)
-
-
 def _with_masks(parcel: Parcel, payload: Tensor, chosen: Tensor) -> Tensor:
-    """The payload's rows, block by block, each after its bitmap if the receiver must be told."""
-    if not parcel.coding.told(parcel.rows, parcel.label):
-        return payload
+    """The payload's rows, block by block, each after its bitmap where the receiver must be told."""
     mask = torch.zeros(parcel.rows, dtype=torch.bool, device=payload.device)
     mask[chosen] = True
     counts = [parcel.coding.chosen(rows) for rows in parcel.blocks]
     parts: list[Tensor] = []
-    for bits, rows, count in zip(mask.split(list(parcel.blocks)), payload.split(counts), counts, strict=True):
-        parts += [codes.pack_mask(bits), rows.flatten()] if 0 < count < len(bits) else [rows.flatten()]
+    for bits, rows in zip(mask.split(list(parcel.blocks)), payload.split(counts), strict=True):
+        if parcel.coding.told(len(bits), parcel.label):
+            parts.append(codes.pack_mask(bits))
+        parts.append(rows.flatten())
     return torch.cat(parts)

@@ -38,21 +38,24 @@ def encode(x: Tensor, bits: int) -> Tensor:
     >>> encode(torch.tensor([[3.0, -1.0, 1.0, 1.0, -1.0, 1.0, 1.0, -3.0]]), 1).tolist()
     [[170, 109]]
     """
+    return quantise(x, bits)[0]
+
+
+def quantise(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What `encode` gives, and what `decode` would make of that."""
     rows, width = x.shape
+    scale, middle = _scale(x, bits), 2 ** (bits - 1)
     if short := -width % (8 // bits):
         x = F.pad(x, (0, short))
-    payload = x.new_empty(rows, payload_bytes(width, bits), dtype=torch.uint8)
-    scale = _scale(x[:, :width], bits)
-    payload[:, :1] = scale
     if bits == 1:
         codes = (x >= 0).view(torch.uint8)
     else:
-        middle = 2 ** (bits - 1)
-        inverse = _steps(x.device).reciprocal()[scale.int()]  # of a zero step infinite: 0 * inf is NaN, made 0
-        codes = torch.addcmul(x.new_tensor(float(middle)), x, inverse).clamp_(0, 2 * middle - 1).nan_to_num_()
-        codes = codes.to(torch.uint8)
+        inverse = _steps(x.device)[1][scale.int()]
+        codes = torch.addcmul(_scalar(middle, x.device), x, inverse).clamp_(0, 2 * middle - 1).to(torch.uint8)
+    payload = x.new_empty(rows, payload_bytes(width, bits), dtype=torch.uint8)
+    payload[:, :1] = scale
     payload[:, 1:] = _pack(codes, bits)
-    return payload
+    return payload, codes[:, :width].to(torch.float32).sub_(middle - 0.5), _steps(x.device)[0][scale.int()]
 
 
 def decode(payload: Tensor, width: int, bits: int) -> tuple[Tensor, Tensor]:
@@ -63,7 +66,7 @@ def decode(payload: Tensor, width: int, bits: int) -> tuple[Tensor, Tensor]:
     [1.5859375, -1.5859375]
     """
     levels = F.embedding(payload[:, 1:].int(), _levels(bits, payload.device)).flatten(1)
-    return levels[:, :width], _steps(payload.device)[payload[:, :1].int()]
+    return levels[:, :width], _steps(payload.device)[0][payload[:, :1].int()]
 
 
 def _scale(x: Tensor, bits: int) -> Tensor:
@@ -79,12 +82,18 @@ def _scale(x: Tensor, bits: int) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _steps(device: torch.device) -> Tensor:
-    """Byte -> step, rounded to 8 significant bits; 0 stands for rows of zeros, the last for broken ones."""
+def _steps(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Byte -> step, rounded to 8 significant bits, and its inverse; 0 is for rows of zeros, the last for broken ones."""
     exponents = (torch.arange(256, dtype=torch.float64) - _ZERO_AT) / _STEPS_PER_OCTAVE
     steps = torch.exp2(exponents).bfloat16().float()
-    steps[0], steps[_BROKEN] = 0.0, torch.nan
-    return steps.to(device)
+    inverse = steps.reciprocal()
+    steps[0], steps[_BROKEN], inverse[0] = 0.0, torch.nan, 0.0
+    return steps.to(device), inverse.to(device)
+
+
+@lru_cache(maxsize=32)
+def _scalar(value: float, device: torch.device) -> Tensor:
+    return torch.tensor(float(value), device=device)
 
 
 @lru_cache(maxsize=32)
