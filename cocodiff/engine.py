@@ -67,7 +67,8 @@ class Engine:
             self.ring = Ring(around.cluster.sizes, around.rank, around.group, self.lane(around), self.tally)
         self.selection: Selection | None = None
         selective = Selective.of(config.transmission)
-        slow = None if selective is None else slow_level(selective, mesh)
+        crossed = mesh.sequence.level if mesh.sequence.size > 1 else -1
+        slow = None if selective is None else slow_level(selective, mesh.cluster, crossed)
         if selective is not None and slow is not None:
             self.selection = Selection(selective, mesh, slow, self._lanes, self.tally, device)
         self._tokens: Tokens | None = None

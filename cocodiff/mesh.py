@@ -42,6 +42,7 @@ def choose_degrees(
     ulysses: int | None = None,
     *,
     long: bool = False,
+    selective: bool = False,
 ) -> Degrees:
     """The degrees that were given, and for those left out (None) one rule.
 
@@ -52,6 +53,8 @@ def choose_degrees(
         cluster: with concrete sizes.
         heads: the fewest that an attention of the model has; ulysses cannot be larger.
         long: the family attends to so many tokens that keys and values hide under attention to those that are here.
+        selective: transmission is. Keys and values alone are then better, for the same bytes, by so much (MEASURED,
+            docs/selective.md) that they may be half as many again: rings over two and three nodes.
 
     Raises:
         ConfigError: with the numbers, where no mesh has these degrees.
@@ -84,8 +87,14 @@ def choose_degrees(
             f"ulysses axis: every rank needs one. Use ulysses_degree={heads} or less, with a ring_degree beyond."
         )
     level = outermost(axis_sizes(cluster.sizes, 1, ranks // cfg))
-    prefer_ring = long and level > 0
-    best = min(legal, key=lambda pair: (outward_bytes(cluster, level, *pair), -pair[0] if prefer_ring else pair[0]))
+    prefer_ring = (long or selective) and level > 0
+    weight = 2 / 3 if selective else 1.0
+
+    def cost(pair: tuple[int, int]) -> tuple[float, int]:
+        outer, inner = pair
+        return outward_bytes(cluster, level, outer, inner, weight), -outer if prefer_ring else outer
+
+    best = min(legal, key=cost)
     if len(legal) == 1:
         reason = "as given" if said else "the only ones"
     else:
@@ -93,11 +102,14 @@ def choose_degrees(
     return Degrees(cfg, *best, reason)
 
 
-def outward_bytes(cluster: Cluster, level: int, ring: int, ulysses: int) -> float:
+def outward_bytes(cluster: Cluster, level: int, ring: int, ulysses: int, ring_weight: float = 1.0) -> float:
     """What a layer sends through a level, the outermost it crosses, as a multiple of one rank's shard of one tensor.
 
     Four tensors cross the ulysses axis, each to `ulysses` ranks in equal parts; K and V of every other part are passed
     on, whole, to the next rank of the ring axis. The mean of all ranks.
+
+    Args:
+        ring_weight: of a byte along the ring axis.
     """
     sizes, ranks, total = cluster.sizes, ring * ulysses, 0.0
     for rank in range(ranks):
@@ -105,7 +117,7 @@ def outward_bytes(cluster: Cluster, level: int, ring: int, ulysses: int) -> floa
         first = rank - rank % ulysses
         away_ulysses = sum(digits(first + other, sizes)[level] != node for other in range(ulysses))
         away_ring = (ring - 1) * (digits((rank + ulysses) % ranks, sizes)[level] != node)
-        total += 4 * away_ulysses / ulysses + 2 * away_ring
+        total += 4 * away_ulysses / ulysses + 2 * away_ring * ring_weight
     return round(total / ranks, 6)
 
 

@@ -7,6 +7,7 @@ the number of calls, or (the guard) from one small reduction.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
@@ -22,22 +23,24 @@ from cocodiff.lanes import Lane, make_lane
 from cocodiff.mesh import Mesh
 from cocodiff.similarity import Copies, Route
 from cocodiff.tally import Tally
-from cocodiff.transmission import LADDER, Coding, Selective
+from cocodiff.topology import Cluster
+from cocodiff.transmission import LADDER, SHORT_RUN, Coding, Selective
+
+_log = logging.getLogger(__name__)
 
 
-def slow_level(selective: Selective, mesh: Mesh) -> int | None:
-    """The innermost level where it applies; None where the ranks of a sequence cross none.
+def slow_level(selective: Selective, cluster: Cluster, crossed: int) -> int | None:
+    """The innermost level where it applies; None where the outermost level that is crossed lies inside it.
 
     Raises:
         ConfigError: there is no level of that name.
     """
-    cluster = mesh.cluster
     names = [level.name for level in cluster.levels]
     if selective.level is not None and selective.level not in names:
         raise ConfigError(f"level={selective.level!r}: cluster {cluster.name!r} has the levels {', '.join(names)}.")
     chosen = cluster.slow if selective.level is None else [name == selective.level for name in names]
     slow = next((level for level, yes in enumerate(chosen) if yes), len(names))
-    return slow if mesh.sequence.size > 1 and mesh.sequence.level >= slow else None
+    return slow if crossed >= slow else None
 
 
 class Selection:
@@ -59,6 +62,7 @@ class Selection:
         self._link = Link(slow, Coder(self.copies), make_lane("encode", device), make_lane("decode", device), tally)
         self._lanes, self._tags, self._device = lanes, itertools.count(TAG), device
         self.alone = mesh.ulysses.level < slow or mesh.ulysses.size == 1  # keys and values alone cross
+        self._said: set[int] = set()
         self._times: list[float] | None = None  # while a run is running
         self._expected: Callable[[], Sequence[float]] | None = None
         self._paths = 1
@@ -91,6 +95,13 @@ class Selection:
         """Nothing is held, and nothing has been counted."""
         spacing = abs(times[-1] - times[0]) / max(len(times) - 1, 1) or 1.0
         self._times = [(times[0] - time) / spacing for time in times]
+        if len(times) < SHORT_RUN and len(times) not in self._said:
+            self._said.add(len(times))
+            if self.mesh.everyone.rank == 0:
+                _log.warning(
+                    "a run of %d steps: fewer than %d have little to predict from, so it may send %.1f times as much.",
+                    len(times), SHORT_RUN, SHORT_RUN / len(times),
+                )  # fmt: skip
         self._branches, self.rungs = [], 0
         for one in (self.copies, self._calls, self.missed, self.guarded):
             one.clear()

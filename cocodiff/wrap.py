@@ -15,11 +15,13 @@ from cocodiff.engine import Engine
 from cocodiff.errors import ConfigError, PatchError
 from cocodiff.launch.agree import agree
 from cocodiff.launch.job import Job, start_job
-from cocodiff.mesh import Mesh, choose_degrees
+from cocodiff.mesh import Mesh, choose_degrees, outermost
 from cocodiff.models import Family, family_of
 from cocodiff.patches import Patches
 from cocodiff.refuse import refuse_modifications
+from cocodiff.selection import slow_level
 from cocodiff.topology import Cluster, load_cluster
+from cocodiff.transmission import Selective
 
 _log = logging.getLogger(__name__)
 
@@ -169,6 +171,19 @@ def _install(pipeline: Any, attachment: Attachment) -> None:
     attachment.cluster = doors[names[0]].engine.mesh.cluster
 
 
+def _say_where(config: Config, engine: Engine) -> None:
+    selection, cluster = engine.selection, engine.mesh.cluster
+    if selection is None:
+        slow = [level.name for level, yes in zip(cluster.levels, cluster.slow, strict=True) if yes]
+        _log.warning(
+            "transmission=%r sends everything, as exact does: these ranks cross no slow level (%s of cluster %r are).",
+            config.transmission, ", ".join(slow) or "none", cluster.name,
+        )  # fmt: skip
+        return
+    what = "keys and values alone cross" if selection.alone else "Q, K, V and the output cross"
+    _log.info("transmission is selective from level %r on; %s.", cluster.levels[selection.slow].name, what)
+
+
 def make_door(
     transformer: Any, family: Family, config: Config, cluster: Cluster, job: Job, engine: Engine | None = None
 ) -> Door:
@@ -181,11 +196,15 @@ def make_door(
         attending = [module for module in transformer.modules() if hasattr(module, "processor")]
         heads = min((getattr(module, "heads", cluster.num_ranks) for module in attending), default=1)
         given = (config.cfg_degree, config.ring_degree, config.ulysses_degree)
-        long = family.long and job.device.type != "xpu"  # where parts have no fused kernel (`cocodiff.kernels.partial`)
-        degrees = choose_degrees(cluster, heads, *given, long=long)
+        selective = Selective.of(config.transmission)
+        applies = selective is not None and slow_level(selective, cluster, outermost(cluster.sizes)) is not None
+        fused = job.device.type != "xpu"  # where parts have no fused kernel (`cocodiff.kernels.partial`)
+        degrees = choose_degrees(cluster, heads, *given, long=family.long and fused, selective=applies and fused)
         engine = Engine(config, Mesh.create(cluster, degrees, job.backend, job.host_group), job.device)
         if job.is_main:
             _log.info("mesh: %s (%s)", degrees, degrees.reason)
+            if selective is not None:
+                _say_where(config, engine)
     patches = Patches()
     try:
         attentions = family.install(engine, transformer, patches)

@@ -83,7 +83,7 @@ def _scale(x: Tensor, bits: int) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _steps(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Byte -> step, rounded to 8 significant bits, and its inverse; 0 is for rows of zeros, the last for broken ones."""
+    """Byte -> step, of 8 significant bits, and its inverse; the first is for zeros, the last for broken ones."""
     exponents = (torch.arange(256, dtype=torch.float64) - _ZERO_AT) / _STEPS_PER_OCTAVE
     steps = torch.exp2(exponents).bfloat16().float()
     inverse = steps.reciprocal()

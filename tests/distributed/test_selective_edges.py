@@ -1,0 +1,245 @@
+"""What breaks selective transmission is seen; what cannot be is refused; what looks like real ranks is like them."""
+
+import contextlib
+import logging
+import os
+
+import pytest
+
+from tests.distributed.ranks import run_ranks
+from tests.distributed.test_selective import _call, _cluster, _pipeline, shared
+from tests.families import family_call, family_pipeline
+from tests.pipelines import relative_error
+
+CAPTION = "a red circle above a blue square on a white background"
+
+
+def _said(error, action):
+    with pytest.raises(error) as info:
+        action()
+    return str(info.value)
+
+
+@contextlib.contextmanager
+def _missed_update(rank):
+    """One receiver forgets to take what it got, once."""
+    from cocodiff.similarity import Held
+
+    right, count = Held.update, [0]
+
+    def wrong(self, rows, new, before, time):
+        count[0] += 1
+        if os.environ["RANK"] != str(rank) or count[0] != 20:
+            right(self, rows, new, before, time)
+
+    Held.update = wrong
+    yield
+    Held.update = right
+
+
+@contextlib.contextmanager
+def _wrong_index(rank):
+    """One receiver puts rows where they do not belong."""
+    from cocodiff.exchange.coder import Coder
+
+    right = Coder._told
+
+    def wrong(self, parcel, payload, row_bytes):
+        chosen, rows = right(self, parcel, payload, row_bytes)
+        return (chosen.roll(1) if os.environ["RANK"] == str(rank) else chosen), rows
+
+    Coder._told = wrong
+    yield
+    Coder._told = right
+
+
+def _checks():
+    import torch
+
+    import cocodiff
+    from cocodiff import Selective
+    from cocodiff.account import CopiesDiffer
+
+    found, cluster = {}, _cluster(2, 2)
+    exact = _pipeline()(**_call(24)).images
+
+    def wrapped(**settings):
+        return cocodiff.wrap(_pipeline(), cluster=cluster, **settings)
+
+    pipe = wrapped(transmission=Selective(budget=1 / 32, check=True))
+    assert str(pipe.cocodiff.mesh).startswith("cfg 1 x ring 2 x ulysses 2"), "keys and values alone at two nodes"
+    for name, control in {"missed update": _missed_update(3), "wrong index": _wrong_index(1)}.items():
+        with control:
+            found[name] = _said(CopiesDiffer, lambda: pipe(**_call(24)))
+    pipe(**_call(24))  # and all is well again
+    cocodiff.unwrap(pipe)
+
+    pipe = wrapped(transmission=Selective(budget=1))
+    exactly = wrapped()
+    assert pipe.cocodiff.engine.selection is None
+    assert torch.equal(pipe(**_call(3)).images, exactly(**_call(3)).images)
+    assert exactly.cocodiff.report()["share"]["node"] == 1
+    for ring in (1, 2):
+        eight = wrapped(transmission=Selective(budget=1 / 2), ring_degree=ring)  # no coding has more
+        found["8 bits", ring] = relative_error(eight(**_call(24)).images, exact)
+
+    guarded = wrapped(transmission=Selective(budget=1 / 32, max_error=0.05))
+    free = wrapped(transmission=Selective(budget=1 / 32))
+    errors = [relative_error(one(**_call(24)).images, exact) for one in (guarded, free)]
+    guard = guarded.cocodiff.report()["guard"]
+    assert errors[0] < errors[1] / 2 and free.cocodiff.report()["guard"] == []
+    assert len(guard) == 24 and max(rungs for _, _, rungs in guard) > 0, guard
+    found["guard"] = guard
+
+    for budget in (1 / 2, 1 / 4):
+        rows = wrapped(transmission=Selective.v_major(budget, check=True), ring_degree=1)
+        found["v_major", budget] = relative_error(rows(**_call(24)).images, exact)
+        share = shared(rows.cocodiff.report())
+        assert share < budget * 1.02, share
+    return found
+
+
+def test_both_ends_are_compared_and_errors_are_bounded():
+    everyone = run_ranks(4, _checks, timeout_seconds=300)
+    assert all(found == everyone[0] for found in everyone)
+    found = everyone[0]
+    assert "differ between sender and receiver" in found["missed update"]
+    assert "differ between sender and receiver" in found["wrong index"]
+    assert found["8 bits", 1] < 1e-3 and found["8 bits", 2] < 1e-3, found
+    assert found["v_major", 1 / 2] < found["v_major", 1 / 4] < 0.5, found
+
+
+def _simulated(ring):
+    from cocodiff.bench.simulate import Hosts, Simulation
+    from cocodiff.tiny import tiny_pipeline
+    from cocodiff.transmission import Selective
+
+    pipe = tiny_pipeline()
+    simulation = Simulation(Selective(budget=1 / 16), Hosts(ring=ring), {"text": 16, "image": 256}, 24)
+    with simulation.around(pipe.transformer):
+        return _drawn(pipe), simulation.sent / simulation.exact, _drawn(tiny_pipeline())
+
+
+def _drawn(pipe):
+    import torch
+
+    pipe.set_progress_bar_config(disable=True)
+    steps, generator = [], torch.Generator().manual_seed(0)
+
+    def keep(pipe, step, time, tensors):
+        steps.append(tensors["latents"].clone())
+        return {}
+
+    pipe(CAPTION, num_inference_steps=24, generator=generator, output_type="latent", callback_on_step_end=keep)
+    return steps
+
+
+def _real(ring, expected):
+    """The simulation counts against two bytes an element; these ranks send four: the same bits are half the share."""
+    import cocodiff
+    from cocodiff import Selective
+    from cocodiff.tiny import tiny_pipeline
+
+    simulated, share, exact = expected
+    pipe = cocodiff.wrap(
+        tiny_pipeline(),
+        cluster=_cluster(2, 2, 10.0),
+        transmission=Selective(budget=1 / 32),
+        ring_degree=2 if ring else 1,
+    )
+    drawn, report = _drawn(pipe), pipe.cocodiff.report()
+    differences = [[relative_error(*pair) for pair in zip(drawn, other, strict=True)] for other in (simulated, exact)]
+    return *differences, [relative_error(*pair) for pair in zip(simulated, exact, strict=True)], shared(report) / share
+
+
+@pytest.mark.parametrize("ring", [False, True])
+def test_real_ranks_draw_what_the_simulation_draws(ring):
+    expected = run_ranks(1, _simulated, ring)[0]
+    for difference, real, simulated, share in run_ranks(4, _real, ring, expected):
+        assert share == pytest.approx(0.5, rel=1e-3)
+        # Sums are rounded in another order, and that decides a code here and there: MEASURED in the simulation alone,
+        # a change of 1e-6 of the noise grows to most of what is missed in 24 steps. So the first steps must agree ...
+        assert difference[0] < simulated[0] / 100 and difference[2] < simulated[2] / 4, (difference, simulated)
+        assert 0.7 < real[-1] / simulated[-1] < 1.4, (real, simulated)  # ... and what is missed in the end
+
+
+class _Skipping:
+    """A step cache that leaves one block out at every third step."""
+
+    def __init__(self, block):
+        self.block, self.calls, self.forward = block, 0, block.forward
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        if self.calls % 3 == 2:
+            return kwargs["encoder_hidden_states"], kwargs["hidden_states"]
+        return self.forward(*args, **kwargs)
+
+
+def _edges():
+    import diffusers
+
+    import cocodiff
+    from cocodiff import Selective
+    from cocodiff.errors import ConfigError, MismatchError
+
+    rank, said, records = int(os.environ["RANK"]), {}, []
+    logging.getLogger("cocodiff").addHandler(handler := logging.Handler())
+    handler.emit = lambda record: records.append(record.getMessage())
+    cluster, half = _cluster(1, 2), Selective(budget=1 / 8, check=True)
+
+    def wrapped(pipe=None, **settings):
+        return cocodiff.wrap(pipe or _pipeline(), **{"cluster": cluster, **settings})
+
+    said["preset"] = _said(ConfigError, lambda: wrapped(transmission="fastest"))
+    said["level"] = _said(ConfigError, lambda: wrapped(transmission=Selective(level="rack")))
+    said["sequential"] = _said(ConfigError, lambda: wrapped(transmission=Selective.v_major(), schedule="sequential"))
+    different = Selective(budget=1 / 8 if rank else 1 / 4)
+    said["settings"] = _said(MismatchError, lambda: wrapped(transmission=different))
+    tight = wrapped(transmission=Selective(budget=1e-4))
+    said["budget"] = _said(ConfigError, lambda: tight(**_call(24)))
+
+    fast = wrapped(transmission="balanced", cluster=_cluster(1, 2, slow=False))
+    assert fast.cocodiff.engine.selection is None and fast.cocodiff.mesh.degrees.ring == 1
+    assert rank or sum("sends everything" in text for text in records) == 1, records
+
+    pipe = wrapped(transmission=half)
+    shapes = [pipe(**_call(steps, **size)).images.shape for steps, size in ((20, {}), (21, dict(height=48)), (3, {}))]
+    assert shapes[0] == shapes[2] != shapes[1]
+    assert rank or sum("a run of 3 steps" in text for text in records) == 1, records
+    assert pipe(**_call(1)).images.isfinite().all() and pipe.cocodiff.report()["held_bytes"] == 0
+
+    for name, ring in (("sd35 text2image", 1), ("sd35 text2image", 2)):
+        heun = family_pipeline(name)
+        heun.scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
+        call = family_call(name, height=36, width=28, text_len=7) | {"num_inference_steps": 12}
+        alone = heun(**call).images
+        pipe = wrapped(heun, transmission=half, ring_degree=ring)
+        error = relative_error(
+            pipe(**call | {"generator": family_call(name, height=36, width=28, text_len=7)["generator"]}).images, alone
+        )
+        assert error < 0.2 and len(pipe.cocodiff.report()["residual_error"]["steps"]) == 23, error
+
+    pipe = wrapped(transmission=half)
+    block = pipe.transformer.transformer_blocks[0]
+    block.forward = _Skipping(block)
+    try:
+        pipe(**_call(24))
+    except RuntimeError as error:  # a replaced forward is refused
+        said["skipped"] = str(error)
+    return said
+
+
+def test_what_cannot_be_is_refused_and_what_is_odd_works():
+    everyone = run_ranks(2, _edges, timeout_seconds=300)
+    assert everyone[0] == everyone[1]
+    expected = {
+        "preset": "not one of 'exact', 'high', 'balanced', 'fast'",
+        "level": "cluster 'test' has the levels gpu, node",
+        "sequential": "v_major chooses rows by V",
+        "settings": 'transmission: "Selective(budget=0.25',
+        "budget": "the first step alone needs",
+        "skipped": "replaced",
+    }
+    for name, words in expected.items():
+        assert words in everyone[0][name], (name, everyone[0][name])
