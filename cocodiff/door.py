@@ -101,13 +101,16 @@ class Door:
     def _on_shards(self, given: dict[str, Any]) -> Any:
         engine, family = self.engine, self._family
         counts, selection = family.token_counts(self.transformer, given), engine.selection
-        if selection is not None:
-            selection.forward(given.get("encoder_hidden_states"))
+        first = selection is not None and selection.forward(given.get("encoder_hidden_states"))
         tokens = Tokens.split(counts, engine.mesh.sequence.size, engine.mesh.sequence.rank)
         for name, cut in family.cuts.items():
             if given.get(name) is not None:
                 given[name] = _shard(given[name], tokens.rows(cut.stream), counts[cut.stream], cut, name)
         with engine.span("forward"), engine.sharded(tokens), self._gathered(list(counts)[-1]):
+            if first:
+                attentions: list[Any] = [attn for attn, _ in self._attentions]
+                layers = [(attn.heads, attn.inner_dim // attn.heads) for attn in attentions]
+                engine.check_copies(layers, given["hidden_states"].shape[0])
             output = self._forward(**given)
         if selection is not None:
             selection.guard(engine.worst)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cocodiff.config import Config
-from cocodiff.errors import PatchError
+from cocodiff.errors import ConfigError, PatchError
 from cocodiff.exchange import (
     Exchange,
     FlatExchange,
@@ -25,6 +26,7 @@ from cocodiff.exchange import (
 )
 from cocodiff.exchange.layout import outer_difference
 from cocodiff.lanes import Lane, make_lane
+from cocodiff.memory import free_bytes, held_bytes
 from cocodiff.mesh import Axis, Mesh
 from cocodiff.selection import Selection, slow_level
 from cocodiff.tally import Tally
@@ -178,6 +180,29 @@ class Engine:
     def bind(self, exchange: Exchange, key: Hashable) -> tuple[Exchange, Ring | SelectiveRing | None]:
         """The exchange and the ring of one layer in the running forward: selective where they cross slow links."""
         return (exchange, self.ring) if self.selection is None else self.selection.bind(exchange, self.ring, key)
+
+    def check_copies(self, layers: Sequence[tuple[int, int]], batch: int) -> None:
+        """ConfigError on every rank unless what this run will hold fits. Collective over the sequence.
+
+        Args:
+            layers: heads and head_dim of each attention.
+        """
+        assert self.selection is not None
+        mesh, slow = self.mesh, self.selection.slow
+        streams = {name: sum(sizes) for name, sizes in self.tokens.streams.items()}
+        needed = held_bytes(
+            mesh.cluster, mesh.degrees, slow, mesh.everyone.rank, streams, layers, batch, self.selection.branches
+        )
+        free = free_bytes(self.device)
+        if free is not None and self.device.type == "cpu":
+            free //= math.prod(mesh.cluster.sizes[:slow])  # ranks inside share it
+        short = torch.tensor(0.0 if free is None else float(needed - free), device=self.device)
+        if self.worst(short) > 0:
+            raise ConfigError(
+                f"selective transmission would hold {needed / 1e9:.2f} GB on rank {mesh.everyone.rank}, which has "
+                f"{(free or 0) / 1e9:.2f} GB left, and some rank has too little. Use more ranks, a smaller picture, "
+                "or transmission='exact', which holds nothing."
+            )
 
     def worst(self, number: Tensor) -> float:
         """The largest on all ranks of the sequence. Collective."""

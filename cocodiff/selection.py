@@ -51,6 +51,7 @@ class Selection:
         lanes: of the links, by level.
 
     Attributes:
+        branches: of guidance that are calls of their own, in the run that is running.
         rungs: by which the guard has raised what each step carries.
     """
 
@@ -65,8 +66,8 @@ class Selection:
         self._said: set[int] = set()
         self._times: list[float] | None = None  # while a run is running
         self._expected: Callable[[], Sequence[float]] | None = None
-        self._paths = 1
-        self._branches: list[Any] = []
+        self.branches = 1
+        self._conditions: list[Any] = []
         self._calls: Counter[int] = Counter()
         self._branch = 0
         self._layers: dict[Hashable, int] = {}
@@ -89,7 +90,7 @@ class Selection:
             times: of the scheduler, one for each call that a branch makes; known in the first forward.
             branches: calls of the transformer for each of them.
         """
-        self._expected, self._paths = times, branches
+        self._expected, self.branches = times, branches
 
     def _begin(self, times: Sequence[float]) -> None:
         """Nothing is held, and nothing has been counted."""
@@ -102,7 +103,7 @@ class Selection:
                     "a run of %d steps: fewer than %d have little to predict from, so it may send %.1f times as much.",
                     len(times), SHORT_RUN, SHORT_RUN / len(times),
                 )  # fmt: skip
-        self._branches, self.rungs = [], 0
+        self._conditions, self.rungs = [], 0
         for one in (self.copies, self._calls, self.missed, self.guarded):
             one.clear()
 
@@ -119,26 +120,28 @@ class Selection:
         for lane in self.lanes:
             lane.close()
 
-    def forward(self, conditioning: Any) -> None:
-        """A forward begins: find out of which branch, by what it is conditioned on.
+    def forward(self, conditioning: Any) -> bool:
+        """A forward begins: find out of which branch, by what it is conditioned on. Whether it is the first of a run.
 
         Pipelines hand over the same object at every step. One that is new (a callback that changes the prompt) is of
         the branch whose turn it is.
         """
+        first = self._expected is not None
         if self._expected is not None:
             self._begin(self._expected())
             self._expected = None
         if not self.running:
-            return
-        known = next((number for number, one in enumerate(self._branches) if one is conditioning), None)
-        if known is None and len(self._branches) < self._paths:
-            known = len(self._branches)
-            self._branches.append(conditioning)
+            return False
+        known = next((number for number, one in enumerate(self._conditions) if one is conditioning), None)
+        if known is None and len(self._conditions) < self.branches:
+            known = len(self._conditions)
+            self._conditions.append(conditioning)
         elif known is None:
-            known = min(range(self._paths), key=lambda number: self._calls[number])
-            self._branches[known] = conditioning
+            known = min(range(self.branches), key=lambda number: self._calls[number])
+            self._conditions[known] = conditioning
         self._branch = known
         self._calls[known] += 1
+        return first
 
     def bind(
         self, exchange: Exchange, ring: Ring | None, key: Hashable

@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cocodiff.config", "cocodiff.tokens", "cocodiff.report"),
     ("cocodiff.mesh", "cocodiff.lanes"),
     ("cocodiff.exchange",),
-    ("cocodiff.selection",),
+    ("cocodiff.selection", "cocodiff.memory"),
     ("cocodiff.engine",),
     ("cocodiff.flight",),
     ("cocodiff.attention",),

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cocodiff.cli.bench import bench_app
+from cocodiff.cli.copies import copies
 from cocodiff.cli.generate import generate
 from cocodiff.cli.quality import quality
 from cocodiff.cli.report import report_app
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 app.command()(generate)
 bench_app.command()(quality)
+bench_app.command()(copies)
 app.add_typer(bench_app, name="bench")
 app.add_typer(report_app, name="report")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -77,10 +78,7 @@ class SelectiveRing:
         return tickets
 
     def _coded(self, part: int, place: int) -> bool:
-        """Whether a part has crossed a slow link on its way around to this place."""
-        size = self._group.size()
-        path = [(part + hop) % size for hop in range((place - part) % size + 1)]
-        return any(outer_difference(*hop, self._sizes) >= self._link.slow for hop in itertools.pairwise(path))
+        return crossed(part, place, self._sizes, self._link.slow)
 
     def _encoded(self, parcel: Parcel, dtype: torch.dtype, elements: Tensor) -> Tensor:
         payload, norms = self._link.coder.encode(parcel, elements.view(dtype).view(-1, parcel.width))
@@ -91,6 +89,13 @@ class SelectiveRing:
         if parcel is None:
             return payload.view(dtype)
         return self._link.coder.decode(parcel, payload, dtype).flatten()
+
+
+def crossed(part: int, place: int, sizes: tuple[int, ...], slow: int) -> bool:
+    """Whether a part of the ring has crossed a slow link on its way around to a place."""
+    size = math.prod(sizes)
+    path = [(part + hop) % size for hop in range((place - part) % size + 1)]
+    return any(outer_difference(*hop, sizes) >= slow for hop in itertools.pairwise(path))
 
 
 def _bytes(parcel: Parcel, dtype: torch.dtype) -> int:

@@ -1,0 +1,53 @@
+"""`cocodiff bench copies`: what selective transmission holds, computed from shapes alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated
+
+import typer
+
+from cocodiff.errors import ConfigError
+
+
+def copies(
+    shapes: Annotated[str, typer.Option(help="With commas.")] = "flux-dev,flux2-dev,qwen-image",
+    pixels: Annotated[int, typer.Option(min=16, help="Height and width of the picture.")] = 2304,
+    ranks: Annotated[str, typer.Option(help="With commas.")] = "24,96",
+    cluster: Annotated[str, typer.Option(help="A preset's name or a JSON file.")] = "aurora",
+    batch: Annotated[int, typer.Option(min=1)] = 1,
+    branches: Annotated[int, typer.Option(min=1, max=2, help="2 where guidance is a call of its own.")] = 1,
+) -> None:
+    """The held copies of each shape: GB on the rank that holds most. Nothing is run."""
+    from cocodiff.bench.shapes import named_shape
+    from cocodiff.memory import held_bytes
+    from cocodiff.mesh import choose_degrees
+    from cocodiff.topology import load_cluster
+
+    print("| model | ranks | mesh | held copies, GB a rank | weights in bfloat16, GB |\n|---|---|---|---|---|")
+    for name in shapes.split(","):
+        shape = replace(named_shape(name), image=(pixels // 16) ** 2)
+        streams = {"text": shape.text, "image": shape.image}
+        for text in ranks.split(","):
+            if not text.isdecimal() or not int(text):
+                raise ConfigError(f"--ranks {text}: write whole numbers, with commas.")
+            count = int(text)
+            where, _ = load_cluster(cluster, ["host"] * count, "cpu")
+            slow = next((level for level, yes in enumerate(where.slow) if yes), None)
+            if slow is None:
+                raise ConfigError(f"--cluster {cluster}: none of its levels is slow.")
+            for ring in (None, 1):
+                try:
+                    degrees = choose_degrees(where, shape.heads, ring=ring, selective=True)
+                except ConfigError:  # more ranks than heads
+                    continue
+                layers = [(shape.heads, shape.head_dim)] * shape.layers
+                most = max(
+                    held_bytes(where, degrees, slow, rank, streams, layers, batch, branches) for rank in range(count)
+                )
+                print(f"| {name}, {pixels} px | {count} | {degrees} | {most / 1e9:.2f} | {_weights(name)} |")
+
+
+def _weights(name: str) -> str:
+    """Of the released transformers, in billions of parameters x 2 bytes."""
+    return {"flux-dev": "24", "flux2-dev": "64", "qwen-image": "41", "sd35-large": "16"}.get(name, "")
