@@ -88,6 +88,53 @@ def theory(result: dict, cluster: Cluster, mesh: str) -> float:
     return outward_bytes(half, level, ring, ulysses) * shard * node * (shape["double"] + shape["single"]) * branches
 
 
+SELECTIVE = """# Selective transmission, speed
+
+Each row is a method of one run of `cocodiff bench`, as in [the other results](../README.md); a timing of a selective
+method is a whole run of 20 steps. *Ceiling*: `ulysses` over what compute and the method's own bytes would take, wholly
+overlapped and one after the other. *Reached*: of the overlapped ceiling. Shares are of float32, which these models are
+in: 1/16 of the bytes is two bits an element.
+
+"""
+
+
+def selective() -> None:
+    lines = []
+    for path in sorted((RESULTS / "selective").glob("*.json")):
+        lines += selective_table(json.loads(path.read_text()), path.stem)
+    (RESULTS / "selective" / "README.md").write_text(SELECTIVE + "\n".join(lines))
+
+
+def selective_table(result: dict, stem: str) -> list[str]:
+    shape, base = result["shape"], result["methods"]["ulysses"]
+    levels, compute = result["cluster"]["levels"], result["compute_seconds"]
+    sizes = " x ".join(str(level["size"]) for level in reversed(levels))
+    outer = levels[-1]["name"]
+    rate = result["cluster"]["goodput_gbs"][outer] * 1e9
+    lines = [
+        f"**[{sizes} ranks, {shape['name']}, {shape['double']} + {shape['single']} blocks, width {shape['width']}, "
+        f"{rate * 8e-6:.0f} Mbit/s, communication {base['communication_share']:.0%}]({stem}.md)**",
+        "",
+        "| method | mesh | against ulysses | ceiling, overlapped | one after the other | reached | MB a step |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in result["methods"].items():
+        if "error" in row:
+            lines.append(f"| {name} | {row['error']} | | | | | |")
+            continue
+        taken, links = row["seconds_per_step"]["median"], row["bytes"]
+        cells = [name, row["mesh"] or "", ratio(row, base)]
+        if links is None:
+            cells += [""] * 4
+        else:
+            series = compute + links[outer] / rate
+            whole = base["seconds_per_step"]["median"]
+            cells += [f"{whole / row['limit_seconds']:.2f}x", f"{whole / series:.2f}x"]
+            cells += [f"{row['limit_seconds'] / taken:.0%}", f"{links[outer] / 1e6:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
 def ratio(row: dict, other: dict) -> str:
     """Times that `row` is faster than `other`."""
     if "error" in other:
@@ -120,6 +167,7 @@ def main() -> None:
     (RESULTS / "README.md").write_text(HEAD + "\n".join(row for _, row in sorted(rows)) + "\n")
     print(f"{len(rows)} results in {RESULTS / 'README.md'}")
     meshes()
+    selective()
 
 
 if __name__ == "__main__":

@@ -157,11 +157,12 @@ def _running(pipeline: Any, given: dict[str, Any]) -> Iterator[None]:
                 yield
             for door in doors.values():
                 door.engine.settled()
-            if engine is not None:
-                attachment.last = account(engine, before)
         finally:
             if not job.is_main:
                 if bars is None:
                     del pipeline._progress_bar_config
                 else:
                     pipeline._progress_bar_config = bars
+    if engine is not None:  # a call of its own: a rank that waits in the other for one that is here must hear of that
+        with job.watched("the report of a call"):
+            attachment.last = account(engine, before)

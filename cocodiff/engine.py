@@ -70,7 +70,7 @@ class Engine:
         self.selection: Selection | None = None
         selective = Selective.of(config.transmission)
         crossed = mesh.sequence.level if mesh.sequence.size > 1 else -1
-        slow = None if selective is None else slow_level(selective, mesh.cluster, crossed)
+        slow = None if selective is None else slow_level(selective, mesh.cluster, crossed, device.type)
         if selective is not None and slow is not None:
             self.selection = Selection(selective, mesh, slow, self._lanes, self.tally, device)
         self._tokens: Tokens | None = None

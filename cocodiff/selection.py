@@ -29,8 +29,16 @@ from cocodiff.transmission import LADDER, SHORT_RUN, Coding, Selective
 _log = logging.getLogger(__name__)
 
 
-def slow_level(selective: Selective, cluster: Cluster, crossed: int) -> int | None:
+# A rank's share of a link, in GB/s, above which coding costs more than it saves: a third to a quarter of what a rank
+# encodes and decodes. MEASURED on a CPU core that two ranks share (float32: 20 ns an element), ASSUMED elsewhere.
+WORTH_CODING_GBS = {"cpu": 0.05, "cuda": 15.0, "xpu": 5.0}
+
+
+def slow_level(selective: Selective, cluster: Cluster, crossed: int, device_type: str) -> int | None:
     """The innermost level where it applies; None where the outermost level that is crossed lies inside it.
+
+    Of the levels that are slow only by their figures, one must be slow enough for coding to gain; what a cluster calls
+    slow, and what a user names, is taken at its word.
 
     Raises:
         ConfigError: there is no level of that name.
@@ -38,7 +46,13 @@ def slow_level(selective: Selective, cluster: Cluster, crossed: int) -> int | No
     names = [level.name for level in cluster.levels]
     if selective.level is not None and selective.level not in names:
         raise ConfigError(f"level={selective.level!r}: cluster {cluster.name!r} has the levels {', '.join(names)}.")
-    chosen = cluster.slow if selective.level is None else [name == selective.level for name in names]
+    most = WORTH_CODING_GBS.get(device_type, WORTH_CODING_GBS["cuda"]) / cluster.flat_efficiency
+    chosen = [
+        level.name == selective.level
+        if selective.level is not None
+        else slow and (level.slow is True or level.bandwidth_gbs <= most)
+        for level, slow in zip(cluster.levels, cluster.slow, strict=True)
+    ]
     slow = next((level for level, yes in enumerate(chosen) if yes), len(names))
     return slow if crossed >= slow else None
 

@@ -176,8 +176,9 @@ def _say_where(config: Config, engine: Engine) -> None:
     if selection is None:
         slow = [level.name for level, yes in zip(cluster.levels, cluster.slow, strict=True) if yes]
         _log.warning(
-            "transmission=%r sends everything, as exact does: these ranks cross no slow level (%s of cluster %r are).",
-            config.transmission, ", ".join(slow) or "none", cluster.name,
+            "transmission=%r sends everything, as exact does: these ranks cross no level slow enough to gain (of "
+            "cluster %r slow: %s). Selective(level=...) names one all the same.",
+            config.transmission, cluster.name, ", ".join(slow) or "none",
         )  # fmt: skip
         return
     what = "keys and values alone cross" if selection.alone else "Q, K, V and the output cross"
@@ -197,9 +198,10 @@ def make_door(
         heads = min((getattr(module, "heads", cluster.num_ranks) for module in attending), default=1)
         given = (config.cfg_degree, config.ring_degree, config.ulysses_degree)
         selective = Selective.of(config.transmission)
-        applies = selective is not None and slow_level(selective, cluster, outermost(cluster.sizes)) is not None
+        crossed = outermost(cluster.sizes)
+        applies = selective and slow_level(selective, cluster, crossed, job.device.type) is not None
         fused = job.device.type != "xpu"  # where parts have no fused kernel (`cocodiff.kernels.partial`)
-        degrees = choose_degrees(cluster, heads, *given, long=family.long and fused, selective=applies and fused)
+        degrees = choose_degrees(cluster, heads, *given, long=family.long and fused, selective=bool(applies) and fused)
         engine = Engine(config, Mesh.create(cluster, degrees, job.backend, job.host_group), job.device)
         if job.is_main:
             _log.info("mesh: %s (%s)", degrees, degrees.reason)

@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("cocodiff.launch", "cocodiff.topology"),
     ("cocodiff.transmission", "cocodiff.similarity"),
-    ("cocodiff.config", "cocodiff.tokens", "cocodiff.report"),
+    ("cocodiff.config", "cocodiff.tokens", "cocodiff.report", "cocodiff.quality"),
     ("cocodiff.mesh", "cocodiff.lanes"),
     ("cocodiff.exchange",),
     ("cocodiff.selection", "cocodiff.memory"),

@@ -109,9 +109,9 @@ def run_unit(unit: Unit, prompts: Prompts, folder: Path, say: Callable[[str], No
             simulation = Simulation(selective, unit.hosts, LENGTHS, unit.steps)
         drawn, latents = draw(unit.task, unit.steps, batch, simulation)
         sent, whole = sent + simulation.sent, whole + simulation.exact
-        columns["psnr"] += psnr(drawn, exact["pixels"]).tolist()
-        columns["ssim"] += ssim(drawn, exact["pixels"]).tolist()
-        columns["latent_error"] += relative_error(latents, exact["latents"]).tolist()
+        columns["psnr"] += [round(value, 3) for value in psnr(drawn, exact["pixels"]).tolist()]
+        columns["ssim"] += [round(value, 7) for value in ssim(drawn, exact["pixels"]).tolist()]
+        columns["latent_error"] += [float(f"{value:.3e}") for value in relative_error(latents, exact["latents"])]
         columns["right"] += _right(drawn, batch)
         columns["exact_right"] += _right(exact["pixels"], batch)
     result = {
@@ -127,6 +127,17 @@ def run_unit(unit: Unit, prompts: Prompts, folder: Path, say: Callable[[str], No
     row = summary(result)
     say(f"{unit.name}: {row['share']:.4f} of the bytes, {row['median']:.1f} dB, 10th percentile {row['p10']:.1f}")
     return result
+
+
+def collected(folder: Path) -> list[dict[str, Any]]:
+    """All units that are in a folder, by pictures, steps, hosts, method and budget."""
+
+    def order(result: dict[str, Any]) -> tuple:
+        unit, methods = result["unit"], (ROUNDING, *METHODS)
+        place = methods.index(unit["method"]), -unit["budget"]
+        return unit["task"] != TASKS[0], unit["steps"], unit["hosts"]["ring"], *place
+
+    return sorted((json.loads(path.read_text()) for path in (folder / "units").glob("*.json")), key=order)
 
 
 def summary(result: Mapping[str, Any]) -> dict[str, float]:

@@ -26,11 +26,11 @@ def quality(
     threads: Annotated[int | None, typer.Option(min=1, help="Of this process.")] = None,
     sheet: Annotated[bool, typer.Option(help="Draw the contact sheet, too.")] = False,
 ) -> None:
-    """Draw every method at every budget in one process that plays all ranks; a table, a plot and JSON."""
+    """Draw every method at every budget in one process that plays all ranks; then a table and a plot of all in OUT."""
     import torch
 
     from cocodiff.bench import gallery
-    from cocodiff.bench.quality import TASKS, Prompts, draw, run_unit, units
+    from cocodiff.bench.quality import TASKS, Prompts, collected, draw, run_unit, units
     from cocodiff.bench.results import as_json, check_folder, write
     from cocodiff.bench.simulate import Hosts, Simulation
     from cocodiff.tiny import pictures
@@ -49,9 +49,11 @@ def quality(
     index, of = _numbers("--part", part, "/")
     prompts = Prompts(captions, seeds)
     say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
-    results = [run_unit(unit, prompts, out, say) for unit in chosen[index - 1 :: of]]
+    for unit in chosen[index - 1 :: of]:
+        run_unit(unit, prompts, out, say)
     if of > 1:
         return
+    results = collected(out)
     write(out / "quality.json", as_json({"units": results}))
     write(out / "quality.md", gallery.table(results))
     print(gallery.table(results))

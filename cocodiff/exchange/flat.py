@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -86,6 +87,8 @@ class AllToAll:
     def __call__(self, send: Tensor) -> Tensor:
         recv = self._make_recv(send)
         if self._ordered:
+            if send.device.type == "xpu" and 0 in self._send_splits + self._recv_splits:
+                return self._without_gaps(send, recv)
             dist.all_to_all_single(recv, send, self._recv_splits, self._send_splits, group=self._group)
             return recv
         if self._pending is None:
@@ -93,6 +96,18 @@ class AllToAll:
         for work in self._pending or ():
             work.wait()
         return recv
+
+    def _without_gaps(self, send: Tensor, recv: Tensor) -> Tensor:
+        """The same where empty parts of uneven splits crash (oneCCL): an element stands in for each."""
+        filler = send.new_zeros(1)
+        padded = torch.cat([part if len(part) else filler for part in send.split(self._send_splits)])
+        splits = [max(count, 1) for count in self._recv_splits]
+        arrived = recv.new_empty(sum(splits))
+        dist.all_to_all_single(
+            arrived, padded, splits, [max(count, 1) for count in self._send_splits], group=self._group
+        )
+        parts = zip(arrived.split(splits), self._recv_splits, strict=True)
+        return recv.copy_(torch.cat([part[:count] for part, count in parts]))
 
     def _make_recv(self, send: Tensor) -> Tensor:
         if self._recv is None:

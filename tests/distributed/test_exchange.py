@@ -131,3 +131,24 @@ def test_all_ranks_choose_alike_and_large_messages_go_in_pieces():
     choices = run_ranks(4, _plan_names)
     assert all(choice == choices[0] for choice in choices)
     assert choices[0][0][1] == 1 and choices[0][-1][1] > 1
+
+
+def _with_and_without_gaps():
+    """Splits with empty parts, as they are and with an element in place of each (what XPU needs)."""
+    import torch
+    import torch.distributed as dist
+
+    from cocodiff.exchange.flat import AllToAll
+
+    _engine((3,))
+    rank, group = dist.get_rank(), dist.new_group()
+    splits = [[0, 2, 0], [3, 0, 1], [0, 0, 4]]  # from, to
+    send = torch.arange(sum(splits[rank])) + 10 * rank
+    recv_splits = [row[rank] for row in splits]
+    work = [AllToAll(splits[rank], recv_splits, group, tag) for tag in (1, 2)]
+    return work[0](send).tolist(), work[1]._without_gaps(send, send.new_empty(sum(recv_splits))).tolist()
+
+
+def test_empty_parts_can_be_filled():
+    expected = [[10, 11, 12], [0, 1], [13, 20, 21, 22, 23]]
+    assert run_ranks(3, _with_and_without_gaps) == [(one, one) for one in expected]

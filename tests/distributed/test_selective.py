@@ -18,7 +18,7 @@ def _cluster(inside, nodes, latency_us=1e-6, slow=True):
 
 def _call(steps=STEPS, guided=False, **size):
     call = flux_call("text2image", **size) | {"num_inference_steps": steps}
-    return call if guided else {name: value for name, value in call.items() if "negative" not in name}
+    return call if guided else {name: x for name, x in call.items() if "negative" not in name and "cfg" not in name}
 
 
 def _pipeline():
