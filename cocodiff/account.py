@@ -38,21 +38,21 @@ def account(engine: Engine, before: tuple[Counter, Counter]) -> dict[str, Any]:
     """
     mesh, selection, group = engine.mesh, engine.selection, engine.mesh.host_group
     levels = [level.name for level in mesh.cluster.levels]
-    labels = sorted({label for _, label in engine.tally.exact})
-    counts = torch.zeros(2, len(levels), len(labels), dtype=torch.int64)
-    for which, (counter, old) in enumerate(zip((engine.tally.sent, engine.tally.exact), before, strict=True)):
-        for (level, label), count in counter.items():
-            counts[which, level, labels.index(label)] = count - old[level, label]
-    dist.all_reduce(counts, group=group)
-    sent, exact = counts.tolist()
+    sent, exact = engine.tally.snapshot()
+    mine = [[*key, sent[key] - before[0][key], count - before[1][key]] for key, count in exact.items()]
+    moved: dict[str, dict[str, dict[str, int]]] = {level: {} for level in levels}
+    for level, label, count, whole in [row for rows in gather_json(mine, group) for row in rows if row[3]]:
+        total = moved[levels[level]].setdefault(label, {"sent": 0, "exact": 0})
+        total["sent"], total["exact"] = total["sent"] + count, total["exact"] + whole
     result: dict[str, Any] = {
         "mesh": str(mesh.degrees),
         "transmission": None,
-        "bytes": {
-            level: {label: {"sent": sent[i][j], "exact": exact[i][j]} for j, label in enumerate(labels) if exact[i][j]}
-            for i, level in enumerate(levels)
+        "bytes": moved,
+        "share": {
+            level: sum(one["sent"] for one in tensors.values()) / sum(one["exact"] for one in tensors.values())
+            for level, tensors in moved.items()
+            if tensors
         },
-        "share": {level: sum(sent[i]) / sum(exact[i]) for i, level in enumerate(levels) if sum(exact[i])},
     }
     if selection is None:
         return result

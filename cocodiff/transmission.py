@@ -110,6 +110,8 @@ class Selective:
                 raise ConfigError(f"{name}={value!r} is not a number above 0, at most 1.")
         if self.method not in METHODS:
             raise ConfigError(f"method={self.method!r} is not one of {', '.join(METHODS)}.")
+        if self.max_error is not None and self.method != "predicted":
+            raise ConfigError(f"max_error={self.max_error!r}: method={self.method!r} has no bits to add. Leave it out.")
         for name, least in (("warmup", 1), ("refresh", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:

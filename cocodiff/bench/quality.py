@@ -84,10 +84,16 @@ def _possible(unit: Unit) -> bool:
         return True
     width = 192 // unit.hosts.ranks // (1 if unit.hosts.ring else unit.hosts.hosts)
     try:
-        Selective(budget=unit.budget, method=unit.method).codings(unit.steps, width, 2, unit.hosts.ring)
+        _selective(unit).codings(unit.steps, width, 2, unit.hosts.ring)
     except ConfigError:
         return False
     return True
+
+
+def _selective(unit: Unit) -> Selective:
+    if unit.method == "v_major":
+        return Selective.v_major(unit.budget)  # with the paper's periodic refresh, where the budget holds it
+    return Selective(budget=unit.budget, method=unit.method)
 
 
 def run_unit(unit: Unit, prompts: Prompts, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
@@ -105,8 +111,7 @@ def run_unit(unit: Unit, prompts: Prompts, folder: Path, say: Callable[[str], No
         if unit.method == ROUNDING:
             simulation = Rounding(unit.hosts, LENGTHS)
         else:
-            selective = Selective(budget=unit.budget, method=unit.method)
-            simulation = Simulation(selective, unit.hosts, LENGTHS, unit.steps)
+            simulation = Simulation(_selective(unit), unit.hosts, LENGTHS, unit.steps)
         drawn, latents = draw(unit.task, unit.steps, batch, simulation)
         sent, whole = sent + simulation.sent, whole + simulation.exact
         columns["psnr"] += [round(value, 3) for value in psnr(drawn, exact["pixels"]).tolist()]

@@ -65,6 +65,7 @@ def test_presets_and_names():
         (lambda: Selective(budget=0), "budget=0 "),
         (lambda: Selective(budget=2), "budget=2 "),
         (lambda: Selective(max_error=-1.0), "max_error=-1.0"),
+        (lambda: Selective(max_error=0.1, method="v_major"), "has no bits to add"),
         (lambda: Selective(method="guess"), "'guess' is not one of"),
         (lambda: Selective(warmup=0), "warmup=0"),
         (lambda: Selective(level=3), "level=3"),
