@@ -34,7 +34,7 @@ def account(engine: Engine, before: tuple[Counter, Counter]) -> dict[str, Any]:
         share: of the exact bytes, level by level.
         residual_error: relative, measured by those who sent: `steps` (one number each), `layers`, `tensors`, `worst`.
         held_bytes: memory of the copies, the most of any rank.
-        guard: (step, error, rungs raised) of each forward; empty without `max_error`.
+        guard: (step, error, rungs raised) of each forward of this rank's branches; empty without `max_error`.
     """
     mesh, selection, group = engine.mesh, engine.selection, engine.mesh.host_group
     levels = [level.name for level in mesh.cluster.levels]
@@ -58,7 +58,7 @@ def account(engine: Engine, before: tuple[Counter, Counter]) -> dict[str, Any]:
         return result
     if selection.selective.check:
         _check(engine)
-    held = torch.tensor(selection.copies.held_bytes)
+    held = torch.tensor(selection.held_bytes, device="cpu")
     dist.all_reduce(held, dist.ReduceOp.MAX, group=group)
     result["transmission"] = asdict(selection.selective) | {"from_level": levels[selection.slow]}
     result["held_bytes"] = int(held)
@@ -87,9 +87,9 @@ def _errors(engine: Engine) -> dict[str, Any]:
     selection, group = engine.selection, engine.mesh.host_group
     assert selection is not None
     seen = [(step + 1, layer + 1) for step, layer, _ in selection.missed]
-    sizes = torch.tensor([max((one[axis] for one in seen), default=0) for axis in (0, 1)])
+    sizes = torch.tensor([max((one[axis] for one in seen), default=0) for axis in (0, 1)], device="cpu")
     dist.all_reduce(sizes, dist.ReduceOp.MAX, group=group)  # a rank may have nothing that crosses
-    sums = torch.zeros(*sizes.tolist(), len(LABELS), 2, dtype=torch.float64)
+    sums = torch.zeros(*sizes.tolist(), len(LABELS), 2, dtype=torch.float64, device="cpu")
     if selection.missed:
         totals = torch.stack([torch.stack(several).sum(0) for several in selection.missed.values()]).double().cpu()
         for (step, layer, label), total in zip(selection.missed, totals, strict=True):

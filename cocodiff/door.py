@@ -74,10 +74,11 @@ class Door:
             self._compare(given)
         else:
             agree(given, self.engine.mesh.host_group, "the transformer's input (called outside its wrapped pipeline)")
+        conditioning = given.get("encoder_hidden_states")  # the pipeline's own object, not half of it
         if self._branches is None:
-            return self._on_shards(given)
+            return self._on_shards(given, conditioning)
         as_tuple = given.get("return_dict") is False
-        output = self._branches.run(given, lambda part: self._on_shards(part | {"return_dict": False})[0])
+        output = self._branches.run(given, lambda part: self._on_shards(part | {"return_dict": False}, conditioning)[0])
         if as_tuple:
             return (output,)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -98,10 +99,14 @@ class Door:
         if len(self._differs) == 1:
             self._settle()
 
-    def _on_shards(self, given: dict[str, Any]) -> Any:
+    def _on_shards(self, given: dict[str, Any], conditioning: Any) -> Any:
         engine, family = self.engine, self._family
         counts, selection = family.token_counts(self.transformer, given), engine.selection
-        first = selection is not None and selection.forward(given.get("encoder_hidden_states"))
+        batch, first = given["hidden_states"].shape[0], False
+        if selection is not None and given.get("skip_layers") is not None:
+            selection.pause()  # SD3's guidance by what few layers do: a call beside the branches, now and then
+        elif selection is not None:
+            first = selection.forward(conditioning, (self, *counts.items(), batch))
         tokens = Tokens.split(counts, engine.mesh.sequence.size, engine.mesh.sequence.rank)
         for name, cut in family.cuts.items():
             if given.get(name) is not None:
@@ -110,10 +115,10 @@ class Door:
             if first:
                 attentions: list[Any] = [attn for attn, _ in self._attentions]
                 layers = [(attn.heads, attn.inner_dim // attn.heads) for attn in attentions]
-                engine.check_copies(layers, given["hidden_states"].shape[0])
+                engine.begin(layers, batch, given["hidden_states"].itemsize)
             output = self._forward(**given)
         if selection is not None:
-            selection.guard(engine.worst)
+            selection.forwarded(engine.worst)
         return output
 
     @contextmanager

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -12,13 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cocodiff.config import Config
+from cocodiff.costs import layer_costs, pieces
 from cocodiff.errors import ConfigError, PatchError
 from cocodiff.exchange import (
     Exchange,
     FlatExchange,
     Layout,
     Ring,
-    SelectiveRing,
     StagedExchange,
     gather_equal,
     gather_rows,
@@ -33,16 +34,6 @@ from cocodiff.tally import Tally
 from cocodiff.timeline import COMPUTE, Timeline
 from cocodiff.tokens import Tokens
 from cocodiff.transmission import Selective
-
-MAX_PIECES = 4
-ROWS_PER_PIECE = 128  # up to two pieces may be smaller, of half as many; MEASURED: 36 rows cost more than they hide
-LATENCIES_PER_PIECE = 20  # the exchange of a piece takes at least this many times its latency, and so many seconds;
-# MEASURED on a CPU whose ranks share cores: pieces of 4 ms took 1.2 times as long as none, those of 9 ms gained.
-LEAST_PIECE_SECONDS = {"cpu": 5e-3}
-# Cutting makes matrix products smaller: MEASURED 6 to 9 % of the compute on a CPU, more than it hides unless a layer's
-# exchanges take at least this share of its compute, which is MODELLED from what a rank is assumed to do in a second.
-WORTH_CUTTING = 0.5
-ASSUMED_TFLOPS = {"cpu": 0.03, "cuda": 300.0, "xpu": 100.0}
 
 
 class Engine:
@@ -70,7 +61,7 @@ class Engine:
         self.selection: Selection | None = None
         selective = Selective.of(config.transmission)
         crossed = mesh.sequence.level if mesh.sequence.size > 1 else -1
-        slow = None if selective is None else slow_level(selective, mesh.cluster, crossed, device.type)
+        slow = None if selective is None else slow_level(selective, mesh.cluster, crossed)
         if selective is not None and slow is not None:
             self.selection = Selection(selective, mesh, slow, self._lanes, self.tally, device)
         self._tokens: Tokens | None = None
@@ -147,55 +138,47 @@ class Engine:
         heads = split_sizes(num_heads, inner)
         return [Layout(seq_lens[start : start + inner], heads) for start in range(0, len(seq_lens), inner)]
 
-    def plan(self, layouts: Sequence[Layout], width: int, itemsize: int) -> tuple[Exchange, int]:
-        """The exchange for messages of this layer, and into how many pieces its rows are cut.
+    def plan(self, layouts: Sequence[Layout], width: int, itemsize: int) -> tuple[Exchange, int, bool]:
+        """The exchange for messages of this layer, into how many pieces its rows are cut, and whether it is selective.
 
         Decided from the layouts and the cluster alone, so identically on all ranks and in every run. `width` is
         heads x head_dim, of `itemsize` bytes each.
         """
-        mesh, seq_lens = self.mesh, [length for layout in layouts for length in layout.seq_lens]
-        rows, cluster = sum(seq_lens) / len(seq_lens), mesh.ulysses.cluster
-        tensor_bytes = rows * width * itemsize
-        if self.selection is not None:
-            tensor_bytes *= self.selection.share(itemsize)
-        seconds = {name: cluster.seconds(name, tensor_bytes) for name in ("flat", "staged")}
-        choice = self.config.exchange
-        if choice == "auto":
-            choice = "staged" if seconds["staged"] < seconds["flat"] else "flat"
-        exchange = self.staged if choice == "staged" and mesh.ulysses.size > 1 else self.flat
-        link = mesh.cluster.levels[mesh.ring.level]
-        ring_seconds = (mesh.ring.size - 1) * (link.latency_us * 1e-6 + tensor_bytes / (link.bandwidth_gbs * 1e9))
-        slowest, latency = max(
-            (4 * seconds[choice], cluster.seconds(choice, 0)), (2 * ring_seconds, link.latency_us * 1e-6)
-        )
-        flops = rows * width * (24 * width + 4 * sum(seq_lens))  # projections and an MLP four times as wide; attention
-        compute_seconds = flops / (ASSUMED_TFLOPS.get(self.device.type, 100.0) * 1e12)
-        if slowest < WORTH_CUTTING * compute_seconds:
-            return exchange, 1
-        least_seconds = max(LATENCIES_PER_PIECE * latency, LEAST_PIECE_SECONDS.get(self.device.type, 1e-4))
-        pieces, fewest = int(max(seconds[choice], ring_seconds) / least_seconds), min(seq_lens)
-        most = 1 if fewest < ROWS_PER_PIECE else max(2, fewest // ROWS_PER_PIECE)
-        return exchange, max(1, min(pieces, MAX_PIECES, most))
+        mesh, selection, place = self.mesh, self.selection, self.device.type
+        modelled = partial(layer_costs, mesh, self.config.exchange, place, layouts, width, itemsize)
+        costs, coded = modelled(1.0), False
+        if selection is not None and selection.running and (selection.told or costs.worth_coding):
+            costs, coded = modelled(selection.share(itemsize)), True
+        exchange = self.staged if costs.exchange == "staged" and mesh.ulysses.size > 1 else self.flat
+        return exchange, pieces(costs, min(min(layout.seq_lens) for layout in layouts), place), coded
 
-    def bind(self, exchange: Exchange, key: Hashable) -> tuple[Exchange, Ring | SelectiveRing | None]:
-        """The exchange and the ring of one layer in the running forward: selective where they cross slow links."""
-        return (exchange, self.ring) if self.selection is None else self.selection.bind(exchange, self.ring, key)
+    def begin(self, layers: Sequence[tuple[int, int]], batch: int, itemsize: int) -> None:
+        """The first forward of a selective run: ConfigError on every rank unless what it will hold fits.
 
-    def check_copies(self, layers: Sequence[tuple[int, int]], batch: int) -> None:
-        """ConfigError on every rank unless what this run will hold fits. Collective over the sequence.
+        Collective over the sequence.
 
         Args:
             layers: heads and head_dim of each attention.
         """
-        assert self.selection is not None
-        mesh, slow = self.mesh, self.selection.slow
+        selection, mesh = self.selection, self.mesh
+        assert selection is not None
+        held, exact = [], 0
+        for heads, head_dim in layers:
+            if not self.plan(self.layouts(heads), heads * head_dim, itemsize)[2]:
+                exact += 1
+                continue
+            widths = {share * head_dim for share in split_sizes(heads, mesh.ulysses.size)}  # all, so that all raise
+            if any([selection.coding(0, width, itemsize, first=True).base != "nothing" for width in widths]):
+                held.append((heads, head_dim))
+        if exact:
+            selection.say_exact(exact, len(layers))
         streams = {name: sum(sizes) for name, sizes in self.tokens.streams.items()}
         needed = held_bytes(
-            mesh.cluster, mesh.degrees, slow, mesh.everyone.rank, streams, layers, batch, self.selection.branches
+            mesh.cluster, mesh.degrees, selection.slow, mesh.everyone.rank, streams, held, batch, selection.branches
         )
         free = free_bytes(self.device)
         if free is not None and self.device.type == "cpu":
-            free //= math.prod(mesh.cluster.sizes[:slow])  # ranks inside share it
+            free //= math.prod(mesh.cluster.sizes[: selection.slow])  # ranks inside share it
         short = torch.tensor(0.0 if free is None else float(needed - free), device=self.device)
         if self.worst(short) > 0:
             raise ConfigError(

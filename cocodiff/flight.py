@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from cocodiff.engine import Engine
-from cocodiff.exchange import Pending, to_heads
+from cocodiff.exchange import Pending, Ring, SelectiveRing, to_heads
 from cocodiff.kernels import attend_partial, merge_partial
 from cocodiff.kernels.partial import Partial
 
@@ -63,8 +63,11 @@ class Flight:
     def __init__(self, engine: Engine, layer: Layer, stream: str | None = None, whole: bool = False) -> None:
         self.engine, self.layer = engine, layer
         self.layouts = engine.layouts(layer.num_heads, stream)
-        exchange, count = engine.plan(self.layouts, layer.width, layer.itemsize)
-        self.exchange, self.ring = engine.bind(exchange, (layer.owner, stream))
+        self.exchange, count, coded = engine.plan(self.layouts, layer.width, layer.itemsize)
+        self.ring: Ring | SelectiveRing | None = engine.ring
+        if coded:
+            assert engine.selection is not None
+            self.exchange, self.ring = engine.selection.bind(self.exchange, engine.ring, (layer.owner, stream))
         self.parts = [layout.pieces(engine.rank, 1 if whole else count) for layout in self.layouts]
         self.pieces = self.parts[engine.part]
         self.pending: dict[tuple[str, int], list[Pending]] = {}  # (label, distance of the part) -> piece by piece

@@ -68,7 +68,8 @@ def free_bytes(device: torch.device) -> int | None:
     """What a device has left; None where it does not say."""
     if device.type != "cpu":
         try:
-            return int(torch.get_device_module(device).mem_get_info(device)[0])
+            api = torch.get_device_module(device)  # what its allocator keeps for reuse is free, too
+            return int(api.mem_get_info(device)[0] + api.memory_reserved(device) - api.memory_allocated(device))
         except Exception:  # not every backend has it
             return None
     try:

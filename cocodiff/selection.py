@@ -10,6 +10,7 @@ import itertools
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,16 +30,8 @@ from cocodiff.transmission import LADDER, SHORT_RUN, Coding, Selective
 _log = logging.getLogger(__name__)
 
 
-# A rank's share of a link, in GB/s, above which coding costs more than it saves: a third to a quarter of what a rank
-# encodes and decodes. MEASURED on a CPU core that two ranks share (float32: 20 ns an element), ASSUMED elsewhere.
-WORTH_CODING_GBS = {"cpu": 0.05, "cuda": 15.0, "xpu": 5.0}
-
-
-def slow_level(selective: Selective, cluster: Cluster, crossed: int, device_type: str) -> int | None:
+def slow_level(selective: Selective, cluster: Cluster, crossed: int) -> int | None:
     """The innermost level where it applies; None where the outermost level that is crossed lies inside it.
-
-    Of the levels that are slow only by their figures, one must be slow enough for coding to gain; what a cluster calls
-    slow, and what a user names, is taken at its word.
 
     Raises:
         ConfigError: there is no level of that name.
@@ -46,13 +39,7 @@ def slow_level(selective: Selective, cluster: Cluster, crossed: int, device_type
     names = [level.name for level in cluster.levels]
     if selective.level is not None and selective.level not in names:
         raise ConfigError(f"level={selective.level!r}: cluster {cluster.name!r} has the levels {', '.join(names)}.")
-    most = WORTH_CODING_GBS.get(device_type, WORTH_CODING_GBS["cuda"]) / cluster.flat_efficiency
-    chosen = [
-        level.name == selective.level
-        if selective.level is not None
-        else slow and (level.slow is True or level.bandwidth_gbs <= most)
-        for level, slow in zip(cluster.levels, cluster.slow, strict=True)
-    ]
+    chosen = cluster.slow if selective.level is None else [name == selective.level for name in names]
     slow = next((level for level, yes in enumerate(chosen) if yes), len(names))
     return slow if crossed >= slow else None
 
@@ -65,6 +52,7 @@ class Selection:
         lanes: of the links, by level.
 
     Attributes:
+        told: the user names the level, or the cluster calls it slow: it is taken at its word, whatever figures say.
         branches: of guidance that are calls of their own, in the run that is running.
         rungs: by which the guard has raised what each step carries.
     """
@@ -76,22 +64,27 @@ class Selection:
         self.copies = Copies()
         self._link = Link(slow, Coder(self.copies), make_lane("encode", device), make_lane("decode", device), tally)
         self._lanes, self._tags, self._device = lanes, itertools.count(TAG), device
+        self.told = selective.level is not None or mesh.cluster.levels[slow].slow is True
         self.alone = mesh.ulysses.level < slow or mesh.ulysses.size == 1  # keys and values alone cross
-        self._said: set[int] = set()
+        self._said: set[str] = set()
         self._times: list[float] | None = None  # while a run is running
         self._expected: Callable[[], Sequence[float]] | None = None
         self.branches = 1
-        self._conditions: list[Any] = []
+        self._paused = False
+        self._conditions: list[Any] = []  # of each branch, and what decides the sizes of its messages
+        self._shapes: list[Hashable] = []
         self._calls: Counter[int] = Counter()
+        self._since: Counter[int] = Counter()  # the call with which a branch's schedule begins
         self._branch = 0
         self._layers: dict[Hashable, int] = {}
         self.missed: defaultdict[tuple[int, int, str], list[Tensor]] = defaultdict(list)  # (step, layer, label)
+        self._held = 0
         self.rungs = 0
         self.guarded: list[tuple[int, float, int]] = []  # (step, worst error, rungs from there on)
 
     @property
     def running(self) -> bool:
-        return self._times is not None
+        return self._times is not None and not self._paused
 
     def share(self, itemsize: int) -> float:
         """Of the bytes of an exact exchange, on average over the run that is running; 1 outside one."""
@@ -110,20 +103,41 @@ class Selection:
         """Nothing is held, and nothing has been counted."""
         spacing = abs(times[-1] - times[0]) / max(len(times) - 1, 1) or 1.0
         self._times = [(times[0] - time) / spacing for time in times]
-        if len(times) < SHORT_RUN and len(times) not in self._said:
-            self._said.add(len(times))
-            if self.mesh.everyone.rank == 0:
-                _log.warning(
-                    "a run of %d steps: fewer than %d have little to predict from, so it may send %.1f times as much.",
-                    len(times), SHORT_RUN, SHORT_RUN / len(times),
-                )  # fmt: skip
-        self._conditions, self.rungs = [], 0
-        for one in (self.copies, self._calls, self.missed, self.guarded):
+        if len(times) < SHORT_RUN:
+            self._say(
+                f"a run of {len(times)} steps: fewer than {SHORT_RUN} have little to predict from, so it may send "
+                f"{SHORT_RUN / len(times):.1f} times as much."
+            )
+        self._conditions, self._shapes, self.rungs, self._held = [], [], 0, 0
+        for one in (self._calls, self._since, self.missed, self.guarded):
             one.clear()
+        # Work of a call that failed may still be under way on a lane: it keeps the old ones.
+        self.copies = Copies()
+        self._link = replace(self._link, coder=Coder(self.copies))
+
+    def _say(self, text: str) -> None:
+        """Once, on rank 0."""
+        if self.mesh.everyone.rank == 0 and text not in self._said:
+            _log.warning(text)
+        self._said.add(text)
+
+    def say_exact(self, count: int, layers: int) -> None:
+        """So many layers of all stay exact for what they cost."""
+        level = self.mesh.cluster.levels[self.slow].name
+        self._say(
+            f"by the cluster's figures the exact exchanges of {count} of {layers} layers hide under their compute, so "
+            f"they stay exact. If the link is slower than that, measure it (cocodiff bench collectives), or say "
+            f"Selective(level={level!r})."
+        )
 
     def end(self) -> None:
-        """Nothing is selective until the next run. Copies are kept for whoever looks at them."""
+        """Nothing is selective until the next run."""
         self._times = self._expected = None
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory of the copies of this run, or of the last."""
+        return max(self._held, self.copies.held_bytes)
 
     @property
     def lanes(self) -> tuple[Lane, Lane]:
@@ -134,13 +148,14 @@ class Selection:
         for lane in self.lanes:
             lane.close()
 
-    def forward(self, conditioning: Any) -> bool:
+    def forward(self, conditioning: Any, shape: Hashable) -> bool:
         """A forward begins: find out of which branch, by what it is conditioned on. Whether it is the first of a run.
 
         Pipelines hand over the same object at every step. One that is new (a callback that changes the prompt) is of
-        the branch whose turn it is.
+        the branch whose turn it is, and begins its schedule of bits anew. What this branch holds is then of no use, nor
+        is it for another `shape`: whatever decides the sizes of messages. All ranks forget it at once.
         """
-        first = self._expected is not None
+        self._paused, first = False, self._expected is not None
         if self._expected is not None:
             self._begin(self._expected())
             self._expected = None
@@ -150,22 +165,35 @@ class Selection:
         if known is None and len(self._conditions) < self.branches:
             known = len(self._conditions)
             self._conditions.append(conditioning)
+            self._shapes.append(shape)
         elif known is None:
             known = min(range(self.branches), key=lambda number: self._calls[number])
-            self._conditions[known] = conditioning
+            self._since[known] = self._calls[known]
+            self._forget(known)
+        elif self._shapes[known] != shape:
+            self._forget(known)
+        self._conditions[known], self._shapes[known] = conditioning, shape
         self._branch = known
         self._calls[known] += 1
         return first
+
+    def _forget(self, branch: int) -> None:
+        self._held = self.held_bytes
+        self.copies.forget(branch)
+
+    def pause(self) -> None:
+        """The next forward is of no branch: everything is exact."""
+        self._paused = True
 
     def bind(
         self, exchange: Exchange, ring: Ring | None, key: Hashable
     ) -> tuple[Exchange, Ring | SelectiveRing | None]:
         """The exchange and the ring of one layer in the forward that runs, selective where they cross slow links."""
-        if self._times is None:
-            return exchange, ring
+        assert self._times is not None
         layer = self._layers.setdefault(key, len(self._layers))
         step = self._calls[self._branch] - 1
-        channel = _Channel(self, self._branch, layer, step, self._times[min(step, len(self._times) - 1)])
+        time, since = self._times[min(step, len(self._times) - 1)], self._since[self._branch]
+        channel = _Channel(self, self._branch, layer, step, since, time)
         mesh, link = self.mesh, self._link
         if not self.alone:
             axis = mesh.ulysses
@@ -193,15 +221,24 @@ class Selection:
             return LADDER[max(LADDER.index(coding) - self.rungs, 0)]
         return coding
 
-    def guard(self, worst: Callable[[Tensor], float]) -> None:
-        """After a forward: raise what the next exchanges carry while the worst rank's error leaves the bound.
+    def forwarded(self, worst: Callable[[Tensor], float]) -> None:
+        """After a forward: what follows from the error that was measured; after the last one copies are freed.
 
         Args:
             worst: the largest of a number on all ranks of the sequence. Collective.
         """
-        bound, step = self.selective.max_error, self._calls[self._branch] - 1
-        if bound is None or not self.running:
+        if self._times is None or self._paused:
             return
+        if self.selective.max_error is not None:
+            self._guard(self.selective.max_error, worst)
+        if len(self._conditions) == self.branches and min(self._calls.values()) == len(self._times):
+            self._held = self.held_bytes
+            if not self.selective.check:  # decoding the picture may need the memory
+                self.copies.clear()
+
+    def _guard(self, bound: float, worst: Callable[[Tensor], float]) -> None:
+        """Raise what the next exchanges carry while the worst rank's error leaves the bound."""
+        step = self._calls[self._branch] - 1
         norms = [x for key, several in self.missed.items() if key[0] == step for x in several]
         missed, carried = torch.stack(norms).sum(0) if norms else torch.zeros(2, device=self._device)
         error = worst((missed / carried.clamp_min(1e-30)).sqrt())
@@ -215,8 +252,8 @@ class Selection:
 class _Channel:
     """`cocodiff.exchange.selective.Channel` of one layer in one forward."""
 
-    def __init__(self, selection: Selection, branch: int, layer: int, step: int, time: float) -> None:
-        self._selection, self._key, self._step, self._time = selection, (branch, layer), step, time
+    def __init__(self, selection: Selection, branch: int, layer: int, step: int, since: int, time: float) -> None:
+        self._selection, self._key, self._step, self._since, self._time = selection, (branch, layer), step, since, time
         self._numbers: Counter[str] = Counter()
 
     def number(self, label: str) -> int:
@@ -227,8 +264,8 @@ class _Channel:
         self, label: str, place: tuple, blocks: tuple[int, ...], routes: tuple[Route, ...], width: int, itemsize: int
     ) -> Parcel:
         key = (*self._key, label, *place)
-        first = self._selection.copies.get(key, sum(blocks), width) is None
-        coding = self._selection.coding(self._step, width, itemsize, first)
+        first = self._selection.copies.get(key) is None
+        coding = self._selection.coding(self._step - self._since, width, itemsize, first)
         return Parcel(key, (*self._key, *place), label, blocks, routes, width, coding, self._step, self._time)
 
     def missed(self, label: str, norms: Tensor) -> None:

@@ -2,8 +2,9 @@
 
     predicted = held + damping * time * velocity        held <- predicted + decoded        velocity <- change / time
 
-`time` has passed since rows were last sent, in steps of the run as its scheduler spaces them: layers that are skipped
-age and never mix, and a scheduler that stands still or goes back is followed. Both ends compute from decoded bytes
+`time` has passed since the copy was last updated, in steps of the run as its scheduler spaces them: layers that are
+skipped age and never mix, and a scheduler that stands still or goes back is followed. Rows that were not sent then keep
+their velocity, as if they had moved on by it. Both ends compute from decoded bytes
 alone. Copies are bfloat16, MEASURED to be enough (docs/selective.md); sums are float32, and every product in them is
 exact there, so that no device's order or fusing of operations changes a bit.
 
@@ -36,7 +37,7 @@ class Held:
 
     Attributes:
         routes: rows of each block, and the ranks from and to which they go.
-        reference: what the paper's rule compares V with: the sender's own last values.
+        reference: what the paper's rule compares with: the sender's own last values.
     """
 
     value: Tensor
@@ -75,7 +76,7 @@ class Held:
 
 def _short(number: float) -> float:
     """To 8 significant bits: its product with a bfloat16 is then exact in float32."""
-    return torch.tensor(number, dtype=torch.float64).to(torch.bfloat16).item()
+    return torch.tensor(number, dtype=torch.float64, device="cpu").to(torch.bfloat16).item()
 
 
 class Copies:
@@ -84,13 +85,13 @@ class Copies:
     def __init__(self) -> None:
         self._held: dict[tuple[Hashable, ...], Held] = {}  # key: (branch, layer, tensor, end, piece, ...)
 
-    def get(self, key: tuple[Hashable, ...], rows: int, width: int) -> Held | None:
-        """None where nothing is held yet, or something of another shape, which is forgotten."""
-        held = self._held.get(key)
-        if held is not None and held.value.shape != (rows, width):
-            del self._held[key]
-            return None
-        return held
+    def get(self, key: tuple[Hashable, ...]) -> Held | None:
+        """None where nothing is held yet."""
+        return self._held.get(key)
+
+    def forget(self, branch: Hashable) -> None:
+        """All of one branch."""
+        self._held = {key: held for key, held in self._held.items() if key[0] != branch}
 
     def put(self, key: tuple[Hashable, ...], held: Held) -> None:
         self._held[key] = held

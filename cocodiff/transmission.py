@@ -129,7 +129,7 @@ class Selective:
             return PRESETS.get(transmission)
         if not isinstance(transmission, Selective):
             raise ConfigError(f"transmission={transmission!r} is neither a name nor a cocodiff.Selective.")
-        return None if transmission.budget == 1 else transmission
+        return None if transmission.budget == 1 and transmission.budget_ring in (None, 1) else transmission
 
     @classmethod
     def v_major(cls, budget: float = 1 / 2, warmup: int = 1, refresh: int = 10, **settings: object) -> Selective:

@@ -176,7 +176,7 @@ def _say_where(config: Config, engine: Engine) -> None:
     if selection is None:
         slow = [level.name for level, yes in zip(cluster.levels, cluster.slow, strict=True) if yes]
         _log.warning(
-            "transmission=%r sends everything, as exact does: these ranks cross no level slow enough to gain (of "
+            "transmission=%r sends everything, as exact does: these ranks cross no slow level (of "
             "cluster %r slow: %s). Selective(level=...) names one all the same.",
             config.transmission, cluster.name, ", ".join(slow) or "none",
         )  # fmt: skip
@@ -199,7 +199,7 @@ def make_door(
         given = (config.cfg_degree, config.ring_degree, config.ulysses_degree)
         selective = Selective.of(config.transmission)
         crossed = outermost(cluster.sizes)
-        applies = selective and slow_level(selective, cluster, crossed, job.device.type) is not None
+        applies = selective and slow_level(selective, cluster, crossed) is not None
         fused = job.device.type != "xpu"  # where parts have no fused kernel (`cocodiff.kernels.partial`)
         degrees = choose_degrees(cluster, heads, *given, long=family.long and fused, selective=bool(applies) and fused)
         engine = Engine(config, Mesh.create(cluster, degrees, job.backend, job.host_group), job.device)

@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cocodiff.config", "cocodiff.tokens", "cocodiff.report", "cocodiff.quality"),
     ("cocodiff.mesh", "cocodiff.lanes"),
     ("cocodiff.exchange",),
-    ("cocodiff.selection", "cocodiff.memory"),
+    ("cocodiff.selection", "cocodiff.memory", "cocodiff.costs"),
     ("cocodiff.engine",),
     ("cocodiff.flight",),
     ("cocodiff.attention",),

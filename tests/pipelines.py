@@ -164,9 +164,9 @@ def recorded_pieces(engine: Any) -> list[int]:
     counts, plan = [], engine.plan
 
     def recording(*size: Any) -> Any:
-        exchange, count = plan(*size)
-        counts.append(count)
-        return exchange, count
+        planned = plan(*size)
+        counts.append(planned[1])
+        return planned
 
     engine.plan = recording
     return counts

@@ -98,10 +98,12 @@ def f(TABLE, x):
 
 
 def test_import_is_light(tmp_path: Path) -> None:
-    """Nothing heavy, no more of torch.distributed than torch loads, no output, under 50 ms beyond torch."""
+    """Nothing heavy, no more of torch.distributed than torch loads, no output, under a twentieth of torch's own time."""
     code = """
 import json, sys, time
+start = time.process_time()
 import torch
+torch_seconds = time.process_time() - start
 sys.dont_write_bytecode, sys.pycache_prefix = False, "bytecode"  # as installed: compiled once
 before = set(sys.modules)
 seconds = []
@@ -112,7 +114,7 @@ for _ in range(10):  # the least of them, in processor time: the machine may be 
     import cocodiff
     seconds.append(time.process_time() - start)
 print(json.dumps({
-    "seconds": min(seconds),
+    "share": min(seconds) / torch_seconds,  # 30 ms and 1.3 s where that was measured; a busy machine slows both
     "modules": sorted(set(sys.modules) - before),
     "initialized": torch.distributed.is_available() and torch.distributed.is_initialized(),
     "public": [name for name in cocodiff.__all__ if not hasattr(cocodiff, name)],
@@ -125,7 +127,7 @@ print(json.dumps({
     assert loaded == set()
     assert not found["initialized"]
     assert found["public"] == [], "names in __all__ that do not exist"
-    assert found["seconds"] < 0.050
+    assert found["share"] < 1 / 20
 
 
 def test_no_top_level_kernels(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from cocodiff.engine import Engine
 from cocodiff.exchange.flat import AllToAll
 from cocodiff.launch.agree import gather_json
 
-GOODPUT_BYTES = 16_000_000  # through one link; half of it is sent, too, to take the bucket's burst out
+GOODPUT_BYTES = 1_000_000, 16_000_000  # least and most through one link: what it carries in GOODPUT_SECONDS
+GOODPUT_SECONDS = 5.0
 
 
 def interface_bytes(counters: str = "/proc/self/net/dev") -> int | None:
@@ -52,15 +53,18 @@ def busiest_links(sent: list[list[int]], sizes: tuple[int, ...]) -> list[int]:
 def goodput(engine: Engine, level: int) -> float:
     """MEASURED bytes per second out of one part of this level, all parts at once, to all others evenly.
 
-    Two sizes are sent and the difference counts, so that neither a bucket's burst nor latency is in it. Median of
-    three. Collective.
+    Two sizes are sent, one twice the other, and the difference counts, so that neither a bucket's burst nor latency is
+    in it. Median of three. Collective.
     """
     group, sizes, host_group = engine.mesh.level_groups[level], engine.mesh.cluster.sizes, engine.mesh.host_group
     peers, together = sizes[level] - 1, inner_ranks(sizes, level)
+    least, most = GOODPUT_BYTES
+    rate = engine.mesh.cluster.levels[level].bandwidth_gbs * 1e9 * together
+    total = int(min(max(rate * GOODPUT_SECONDS, least), most))
     seconds: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(3):
         for halves in seconds:
-            numel = GOODPUT_BYTES * halves // 2 // (4 * peers * together)
+            numel = total * halves // 2 // (4 * peers * together)
             splits = [0 if peer == group.rank() else numel for peer in range(sizes[level])]
             send = torch.ones(sum(splits), device=engine.device)
             dist.barrier(group=host_group)
@@ -70,4 +74,4 @@ def goodput(engine: Engine, level: int) -> float:
                 torch.get_device_module(engine.device).synchronize()
             seconds[halves].append(max(gather_json(time.perf_counter() - began, host_group)))
     difference = statistics.median(seconds[2]) - statistics.median(seconds[1])
-    return GOODPUT_BYTES / 2 / max(difference, 1e-9)
+    return total / 2 / max(difference, 1e-9)

@@ -6,6 +6,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -26,6 +27,7 @@ from cocodiff.report import write_trace
 
 SCHEMA = "cocodiff-bench/1"
 COMPUTE = "compute"
+CODING_LANES = ("encode", "decode")
 
 
 @dataclass
@@ -35,8 +37,9 @@ class Record:
     method: Method | None = None
     error: str | None = None
     seconds: list[float] = field(default_factory=list)
-    sent: list[int] | None = None  # by level, in one step, on this rank
+    sent: list[list[int]] | None = None  # of each step of a run: by level, on this rank
     crossed: int | None = None  # by this host's interfaces, in one step
+    coding: float | None = None  # seconds a step that this rank encoded and decoded
     output: Tensor | None = None
 
 
@@ -102,16 +105,7 @@ def _warmed_up(make: Callable[[], Method], job: Job) -> Record:
         with torch.no_grad():
             if record.method.run is None:
                 _time(record.method, 1, job)
-            engine = record.method.engine
-            if engine is not None:
-                engine.tally.clear()
-            synchronize(job)
-            before = interface_bytes()
-            _, record.output = _time(record.method, 1, job)
-            after, run = interface_bytes(), record.method.run or 1
-            record.crossed = None if before is None or after is None else (after - before) // run
-            if engine is not None:
-                record.sent = [count // run for count in engine.tally.by_level(len(engine.mesh.cluster.levels))]
+            _count(record, record.method, job)
     except Exception as error:
         record.error = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     errors = _everyone(record.error, job)
@@ -119,8 +113,37 @@ def _warmed_up(make: Callable[[], Method], job: Job) -> Record:
     return record
 
 
-def _time(method: Method, steps: int, job: Job) -> tuple[float, Tensor | None]:
-    """Seconds a step of the slowest rank, and the last output of this one. A method that has runs runs a whole one."""
+def _count(record: Record, method: Method, job: Job) -> None:
+    """One run: what it sent at each step, and how long it coded."""
+    engine, steps = method.engine, method.run or 1
+    recording: Any = nullcontext() if engine is None or engine.selection is None else engine.recording()
+    counts: list[list[int]] = []
+
+    def counted() -> None:
+        if engine is not None:
+            counts.append(engine.tally.by_level(len(engine.mesh.cluster.levels)))
+            engine.tally.clear()
+
+    if engine is not None:
+        engine.tally.clear()
+    synchronize(job)
+    before = interface_bytes()
+    with recording as timeline:
+        _, record.output = _time(method, 1, job, counted)
+    after = interface_bytes()
+    record.crossed = None if before is None or after is None else (after - before) // steps
+    record.sent = counts or None
+    if timeline is not None:
+        record.coding = sum(span.seconds for span in timeline.spans() if span.lane in CODING_LANES) / steps
+
+
+def _time(
+    method: Method, steps: int, job: Job, after: Callable[[], None] = lambda: None
+) -> tuple[float, Tensor | None]:
+    """Seconds a step of the slowest rank, and the last output of this one. A method that has runs runs a whole one.
+
+    `after` is called after each step.
+    """
     output, steps = None, method.run or steps
     synchronize(job)
     began = time.perf_counter()
@@ -128,6 +151,7 @@ def _time(method: Method, steps: int, job: Job) -> tuple[float, Tensor | None]:
         with torch.no_grad(), method.around():
             for _ in range(steps):
                 output = method.step()
+                after()
             if job.device.type != "cpu":
                 torch.get_device_module(job.device).synchronize()
     taken = time.perf_counter() - began
@@ -153,15 +177,17 @@ def _result(
     sizes, level_names = (cluster.sizes, [level.name for level in cluster.levels]) if cluster else ((), [])
     methods: dict[str, dict[str, Any]] = {}
     for name, record in records.items():
-        sent, crossed, hosts = (_everyone(x, job) for x in (record.sent, record.crossed, job.hosts[job.rank]))
+        mine = record.sent, record.crossed, record.coding, job.hosts[job.rank]
+        sent, crossed, coding, hosts = (_everyone(x, job) for x in mine)
         if name == COMPUTE:
             continue
         if record.error is not None:
             methods[name] = {"description": DESCRIPTIONS[name.split()[0]], "error": record.error}
             continue
         median = statistics.median(record.seconds)
-        links = None if cluster is None or None in sent else busiest_links(sent, sizes)
-        limit = _limit(compute, links, rates)
+        each = [] if None in sent else [busiest_links(list(counts), sizes) for counts in zip(*sent, strict=True)]
+        links = [sum(level) // len(each) for level in zip(*each, strict=True)] if each else None
+        limit = _limit(compute, each, rates)
         methods[name] = {
             "description": DESCRIPTIONS[name.split()[0]],
             "mesh": None
@@ -175,9 +201,10 @@ def _result(
             },
             "communication_share": None if compute is None or name == "single" else 1 - compute / median,
             "bytes": None if links is None else dict(zip(level_names, links, strict=True)),
-            "counted_bytes": None if links is None else _host_bytes(sent, hosts, sizes),
+            "counted_bytes": None if links is None else _host_bytes(links, hosts, sizes),
             "interface_bytes": None if None in crossed else max(dict(zip(hosts, crossed, strict=True)).values()),
             "limit_seconds": limit,
+            "coding_seconds": None if None in coding else max(coding),
             "ratio_to_limit": None if limit is None else median / limit,
             "relative_error": _relative_error(record.output, reference),
         }
@@ -193,18 +220,19 @@ def _result(
     }
 
 
-def _limit(compute: float | None, links: list[int] | None, rates: dict[int, float]) -> float | None:
-    """The larger of the compute time and of what the busiest links need for their bytes."""
-    if compute is None or links is None:
+def _limit(compute: float | None, steps: Sequence[Sequence[int]], rates: Mapping[int, float]) -> float | None:
+    """At each step the larger of the compute time and of what the busiest links need for its bytes; their mean."""
+    if compute is None or not steps:
         return None
-    return max(compute, *(links[level] / rate for level, rate in rates.items()))
+    needed = [max([compute, *(links[level] / rate for level, rate in rates.items())]) for links in steps]
+    return sum(needed) / len(needed)
 
 
-def _host_bytes(sent: list, hosts: list[str], sizes: tuple[int, ...]) -> int | None:
+def _host_bytes(links: list[int], hosts: list[str], sizes: tuple[int, ...]) -> int | None:
     """Our own count of what the busiest host sent to others, for comparison with its interfaces."""
     together = hosts.count(hosts[0])
     level = next((level for level in range(len(sizes)) if inner_ranks(sizes, level) == together), None)
-    return None if level is None else busiest_links(sent, sizes)[level]
+    return None if level is None else links[level]
 
 
 def _relative_error(output: Tensor | None, reference: Tensor | None) -> float | None:

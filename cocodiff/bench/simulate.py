@@ -1,7 +1,7 @@
 """Selective transmission in one process that plays both sides: every rank's attention, on one device.
 
 Only what attention sees is changed: elements that would cross hosts come out of the coder, once as the sender's and
-once as the receiver's. Codes, copies and schedule are those of a real run, to the bit.
+once as the receiver's. Codes, copies and schedule are those of a real run whose scheduler's times are evenly spaced.
 
 Legend: B batch, S sequence, H heads, D head_dim, N ranks, W elements of a row.
 """

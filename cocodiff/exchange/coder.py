@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cocodiff.kernels import codes
-from cocodiff.similarity import DAMPING, Copies, Held, Route, Rows
+from cocodiff.similarity import COPY_DTYPE, DAMPING, Copies, Held, Route, Rows
 from cocodiff.transmission import RAW, Coding
 
 CACHED_ELEMENTS = 2**16  # MEASURED on a CPU: more at once take up to 1.6 times as long each, fewer cost more calls
@@ -141,13 +141,13 @@ class Coder:
         if held is None:
             return x.contiguous().view(torch.uint8).flatten(), _energies(torch.zeros_like(own), own)
         by_value = parcel.coding.pick == "value"
-        reference = held.value.float() if held.reference is None or not by_value else held.reference
+        reference = (held.value if held.reference is None or not by_value else held.reference).float()
         scores = torch.linalg.vector_norm(own - reference, 1 if by_value else 2, dim=1)
         chosen = self._choose(parcel, _over_peers(scores, parcel) if by_value and parcel.label == "v" else scores)
         _take(parcel, held, chosen, own[chosen], held.value[chosen].float())
         _moved(parcel, held)
         if by_value:
-            held.reference = own
+            held.reference = own.to(COPY_DTYPE)
         missed = own - held.value.float()
         missed[chosen] = 0.0  # what is held of them is rounded, but they travelled as they are
         return _with_masks(parcel, x[chosen].view(torch.uint8), chosen), _energies(missed, own)
@@ -169,7 +169,8 @@ class Coder:
         """The parcel's copy; None where nothing is subtracted from what travels."""
         if parcel.coding.base == "nothing":
             return None
-        held = self.copies.get(parcel.key, parcel.rows, parcel.width)
+        held = self.copies.get(parcel.key)
+        assert held is None or held.value.shape == (parcel.rows, parcel.width), (parcel, held.value.shape)
         if held is None:
             assert parcel.whole, "the first exchange of a copy has all rows"
             routes = tuple(zip(parcel.blocks, parcel.routes, strict=True))
@@ -187,8 +188,7 @@ class Coder:
             best = scores[start : start + rows].topk(coding.chosen(rows)).indices
             each.append(best.sort().values + start)
             start += rows
-        self._masks[parcel.mask_key] = torch.cat(each)
-        return self._masks[parcel.mask_key]
+        return self._remembered(parcel, torch.cat(each))
 
     def _told(self, parcel: Parcel, payload: Tensor, row_bytes: int) -> tuple[Tensor, Tensor]:
         """The receiver's rows that travelled, `(K,)`, and they themselves, `(K, row_bytes)`."""
@@ -204,8 +204,12 @@ class Coder:
             each.append(mask.argsort(descending=True, stable=True)[:count] + start)
             parts.append(part)
             start += rows
-        self._masks[parcel.mask_key] = torch.cat(each)
-        return self._masks[parcel.mask_key], torch.cat(parts).view(-1, row_bytes)
+        return self._remembered(parcel, torch.cat(each)), torch.cat(parts).view(-1, row_bytes)
+
+    def _remembered(self, parcel: Parcel, chosen: Tensor) -> Tensor:
+        if parcel.coding.pick == "value":
+            self._masks[parcel.mask_key] = chosen
+        return chosen
 
     def _known(self, parcel: Parcel, device: torch.device) -> Tensor | None:
         """Rows that both ends know without a word; None where the sender chooses."""
@@ -217,9 +221,10 @@ class Coder:
         for rows in parcel.blocks:
             count = coding.chosen(rows)
             if coding.pick == "random":
-                drawn = torch.randperm(rows, generator=torch.Generator().manual_seed(parcel.step))[:count]
+                generator = torch.Generator().manual_seed(parcel.step)
+                drawn = torch.randperm(rows, generator=generator, device="cpu")[:count]
             else:  # the next in turn; or all, or none
-                drawn = (torch.arange(count) + parcel.step * count) % rows
+                drawn = (torch.arange(count, device="cpu") + parcel.step * count) % rows
             each.append(drawn.sort().values + start)
             start += rows
         return torch.cat(each).to(device)
@@ -228,7 +233,9 @@ class Coder:
         """Each row in a basis where all its elements are alike, and back: one scale then fits them all."""
         size = max(part for part in range(1, min(x.shape[1], LARGEST_ROTATION) + 1) if x.shape[1] % part == 0)
         if (size, x.device) not in self._rotations:
-            random = torch.randn(size, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+            random = torch.randn(
+                size, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu"
+            )
             self._rotations[size, x.device] = torch.linalg.qr(random).Q.to(x.device, torch.float32)
         matrix = self._rotations[size, x.device]
         return (x.reshape(-1, size) @ (matrix.T if back else matrix)).view(x.shape)

@@ -84,7 +84,7 @@ def _scale(x: Tensor, bits: int) -> Tensor:
 @lru_cache(maxsize=8)
 def _steps(device: torch.device) -> tuple[Tensor, Tensor]:
     """Byte -> step, of 8 significant bits, and its inverse; the first is for zeros, the last for broken ones."""
-    exponents = (torch.arange(256, dtype=torch.float64) - _ZERO_AT) / _STEPS_PER_OCTAVE
+    exponents = (torch.arange(256, dtype=torch.float64, device="cpu") - _ZERO_AT) / _STEPS_PER_OCTAVE
     steps = torch.exp2(exponents).bfloat16().float()
     inverse = steps.reciprocal()
     steps[0], steps[_BROKEN], inverse[0] = 0.0, torch.nan, 0.0
@@ -99,8 +99,8 @@ def _scalar(value: float, device: torch.device) -> Tensor:
 @lru_cache(maxsize=32)
 def _levels(bits: int, device: torch.device) -> Tensor:
     """Packed byte -> the levels in it, `(256, 8 / bits)`."""
-    shifts = torch.arange(0, 8, bits)
-    codes = (torch.arange(256)[:, None] >> shifts) & (2**bits - 1)
+    shifts = torch.arange(0, 8, bits, device="cpu")
+    codes = (torch.arange(256, device="cpu")[:, None] >> shifts) & (2**bits - 1)
     return (codes - (2 ** (bits - 1) - 0.5)).float().to(device)
 
 

@@ -131,7 +131,12 @@ def test_two_side_by_side_and_leftovers_of_a_killed_run():
     assert _run().returncode == 0
     assert _namespaces() == before
 
-    interrupted = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    interrupted = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
+    )
     assert "up" in interrupted.stdout.readline()
     interrupted.send_signal(signal.SIGINT)
     assert interrupted.wait(30) == 130

@@ -175,10 +175,10 @@ def test_pipelines_that_share_a_transformer_and_the_class_form():
 
 def _controlled():
     import cocodiff
-    from cocodiff import engine
+    from cocodiff import costs
     from cocodiff.flight import Flight
 
-    engine.ROWS_PER_PIECE = 2
+    costs.ROWS_PER_PIECE = 2
     pipe, call = controlnet_pipeline(), flux_call("text2image")
     call = {name: value for name, value in call.items() if "negative" not in name and name != "true_cfg_scale"}
     image = torch.rand(1, 3, 36, 28, generator=torch.Generator().manual_seed(3))

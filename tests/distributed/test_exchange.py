@@ -104,7 +104,7 @@ def _plans():
 
 
 def _plan_names():
-    return [(exchange.name, pieces) for exchange, pieces in _plans()]
+    return [(exchange.name, pieces) for exchange, pieces, _ in _plans()]
 
 
 def _measured_choices():

@@ -33,9 +33,9 @@ def expected():
 
 def _errors(ranks, expected):
     import cocodiff
-    from cocodiff import engine
+    from cocodiff import costs
 
-    engine.ROWS_PER_PIECE = 2  # up to four pieces also of small pictures
+    costs.ROWS_PER_PIECE = 2  # up to four pieces also of small pictures
     errors = {}
     for task in TASKS:
         variants = list(itertools.product(clusters(ranks), ("flat", "staged"), ("v_first", "sequential")))

@@ -70,9 +70,9 @@ def _held_bytes(pipe, name):
 def _held(ranks, expected):
     """`check` compares the copies of both ends on all ranks after each call."""
     import cocodiff
-    from cocodiff import Selective, engine
+    from cocodiff import Selective, costs
 
-    engine.ROWS_PER_PIECE = 16
+    costs.ROWS_PER_PIECE = 16
     found = {}
     for index, (settings, calls) in enumerate(KINDS[ranks]):
         level = "gpu" if settings is HALVES else None  # each half is in one node

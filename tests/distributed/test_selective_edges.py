@@ -181,7 +181,7 @@ def _edges():
     import torch
 
     import cocodiff
-    from cocodiff import Selective, engine
+    from cocodiff import Selective, costs
     from cocodiff.errors import ConfigError, MismatchError
 
     rank, said, records = int(os.environ["RANK"]), {}, []
@@ -224,7 +224,7 @@ def _edges():
     image = torch.rand(1, 3, 36, 28, generator=torch.Generator().manual_seed(3))
     control = dict(control_image=image, controlnet_conditioning_scale=1.0)
     alone = controlnet_pipeline()(**_call(24), **control).images
-    engine.ROWS_PER_PIECE = 2  # what goes ahead is dropped, since a ControlNet adds to it in between
+    costs.ROWS_PER_PIECE = 2  # what goes ahead is dropped, since a ControlNet adds to it in between
     pipe = wrapped(controlnet_pipeline(), transmission=half)
     assert relative_error(pipe(**_call(24), **control).images, alone) < 0.2
 

@@ -41,12 +41,15 @@ def test_rows_that_were_not_sent_stay():
     assert (held.value[1] == 9.0).all() and (held.velocity[1] == 6.0).all()
 
 
-def test_copies_of_another_shape_are_forgotten_and_hashes_tell_bits_apart():
+def test_copies_of_a_branch_are_forgotten_and_hashes_tell_bits_apart():
     copies, other = Copies(), Copies()
     for one, end, value in ((copies, "send", 3.0), (other, "receive", 3.0)):
         one.put((0, 0, "v", end, 0), _held_after((0.0, 1.0), (1.0, value)))
     assert copies.digests("send") == other.digests("receive") and not copies.digests("receive")
-    other.get((0, 0, "v", "receive", 0), 2, 4).velocity[0, 0] += 1
+    other.get((0, 0, "v", "receive", 0)).velocity[0, 0] += 1
     assert copies.digests("send") != other.digests("receive")
-    assert copies.held_bytes == 2 * 4 * 2 * 2 and copies.get((0, 0, "v", "send", 0), 3, 4) is None
+    assert copies.held_bytes == 2 * 4 * 2 * 2 and copies.get((0, 0, "v", "receive", 0)) is None
+    copies.forget(1)
+    assert copies.held_bytes
+    copies.forget(0)
     assert copies.held_bytes == 0

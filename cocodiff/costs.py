@@ -1,0 +1,88 @@
+"""What a layer's exchanges take against its compute, MODELLED, and what follows: which exchange, coded or not, how cut.
+
+From layouts and the cluster's figures alone, so identical on all ranks and in every run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cocodiff.exchange import Layout
+from cocodiff.mesh import Mesh
+
+MAX_PIECES = 4
+ROWS_PER_PIECE = 128  # up to two pieces may be smaller, of half as many; MEASURED: 36 rows cost more than they hide
+LATENCIES_PER_PIECE = 20  # the exchange of a piece takes at least this many times its latency, and so many seconds;
+# MEASURED on a CPU whose ranks share cores: pieces of 4 ms took 1.2 times as long as none, those of 9 ms gained.
+LEAST_PIECE_SECONDS = {"cpu": 5e-3}
+# Cutting makes matrix products smaller: MEASURED 6 to 9 % of the compute on a CPU, more than it hides unless a layer's
+# exchanges take at least this share of its compute, which is MODELLED from what a rank is assumed to do in a second.
+WORTH_CUTTING = 0.5
+ASSUMED_TFLOPS = {"cpu": 0.03, "cuda": 300.0, "xpu": 100.0}
+# Exact exchanges that take less than this share of the compute hide under it, and coding has nothing to save. Where
+# exactly that begins is ASSUMED; MEASURED on a CPU whose ranks share cores, by this model's figures: at 0.24 coding
+# made a step 1.2 times as long, at 4 a third as long (benchmarks/results/selective has the second).
+WORTH_CODING = 0.75
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of one layer, seconds on one rank.
+
+    Attributes:
+        exchange: "flat" or "staged".
+        tensor: one tensor's, over the ulysses axis; `ring`: over the ring axis.
+        latency: of the slower axis, and `exchanges`: all that it carries.
+    """
+
+    compute: float
+    exchange: str
+    tensor: float
+    ring: float
+    latency: float
+    exchanges: float
+
+    @property
+    def worth_coding(self) -> bool:
+        """Whether exchanges that are exact take so long that there is something to save."""
+        return self.exchanges > WORTH_CODING * self.compute
+
+
+def layer_costs(
+    mesh: Mesh, exchange: str, device_type: str, layouts: Sequence[Layout], width: int, itemsize: int, share: float
+) -> Costs:
+    """Of one layer.
+
+    Args:
+        exchange: "flat", "staged" or "auto", the faster of the two.
+        layouts: of each part of the sequence.
+        width: heads x head_dim, elements of `itemsize` bytes.
+        share: of the bytes of an exact exchange.
+    """
+    seq_lens = [length for layout in layouts for length in layout.seq_lens]
+    rows, cluster = sum(seq_lens) / len(seq_lens), mesh.ulysses.cluster
+    flops = rows * width * (24 * width + 4 * sum(seq_lens))  # projections and an MLP four times as wide; attention
+    compute = flops / (ASSUMED_TFLOPS.get(device_type, 100.0) * 1e12)
+    tensor_bytes = rows * width * itemsize * share
+    seconds = {name: cluster.seconds(name, tensor_bytes) for name in ("flat", "staged")}
+    if exchange == "auto":
+        exchange = "staged" if seconds["staged"] < seconds["flat"] else "flat"
+    link = mesh.cluster.levels[mesh.ring.level]
+    ring = (mesh.ring.size - 1) * (link.latency_us * 1e-6 + tensor_bytes / (link.bandwidth_gbs * 1e9))
+    exchanges, latency = max((4 * seconds[exchange], cluster.seconds(exchange, 0)), (2 * ring, link.latency_us * 1e-6))
+    return Costs(compute, exchange, seconds[exchange], ring, latency, exchanges)
+
+
+def pieces(costs: Costs, fewest_rows: int, device_type: str) -> int:
+    """Into how many a layer's rows are cut, so that the exchange of one hides under the compute of another.
+
+    Args:
+        fewest_rows: of any rank.
+    """
+    if costs.exchanges < WORTH_CUTTING * costs.compute:
+        return 1
+    least_seconds = max(LATENCIES_PER_PIECE * costs.latency, LEAST_PIECE_SECONDS.get(device_type, 1e-4))
+    wanted = int(max(costs.tensor, costs.ring) / least_seconds)
+    most = 1 if fewest_rows < ROWS_PER_PIECE else max(2, fewest_rows // ROWS_PER_PIECE)
+    return max(1, min(wanted, MAX_PIECES, most))
