@@ -62,8 +62,9 @@ class Selection:
     ) -> None:
         self.selective, self.mesh, self.slow = selective, mesh, slow
         self.copies = Copies()
-        self._link = Link(slow, Coder(self.copies), make_lane("encode", device), make_lane("decode", device), tally)
-        self._lanes, self._tags, self._device = lanes, itertools.count(TAG), device
+        encoding, decoding = make_lane("encode", device), make_lane("decode", device)
+        self._link = Link(slow, Coder(self.copies), encoding, decoding, lanes, itertools.count(TAG), tally)
+        self._device = device
         self.told = selective.level is not None or mesh.cluster.levels[slow].slow is True
         self.alone = mesh.ulysses.level < slow or mesh.ulysses.size == 1  # keys and values alone cross
         self._said: set[str] = set()
@@ -194,21 +195,12 @@ class Selection:
         step = self._calls[self._branch] - 1
         time, since = self._times[min(step, len(self._times) - 1)], self._since[self._branch]
         channel = _Channel(self, self._branch, layer, step, since, time)
-        mesh, link = self.mesh, self._link
         if not self.alone:
-            axis = mesh.ulysses
-            assert axis.group is not None
             staged = exchange if isinstance(exchange, StagedExchange) else None
-            sizes, lane = axis.cluster.sizes, self._lanes[axis.level]
-            exchange = SelectiveExchange(
-                link, channel, sizes, axis.rank, axis.ranks, axis.group, lane, staged, self._tags
-            )
-        if ring is None or mesh.ring.level < self.slow:
+            exchange = SelectiveExchange(self._link, channel, self.mesh.ulysses, staged)
+        if ring is None or self.mesh.ring.level < self.slow:
             return exchange, ring
-        axis = mesh.ring
-        assert axis.group is not None
-        sizes, lane = axis.cluster.sizes, self._lanes[axis.level]
-        return exchange, SelectiveRing(link, channel, sizes, axis.rank, axis.ranks, axis.group, lane, self._tags)
+        return exchange, SelectiveRing(self._link, channel, self.mesh.ring)
 
     def coding(self, step: int, width: int, itemsize: int, first: bool) -> Coding:
         """Of rows of a width at a step; `first` where nothing is held, so that all rows must come."""

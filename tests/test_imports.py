@@ -98,7 +98,7 @@ def f(TABLE, x):
 
 
 def test_import_is_light(tmp_path: Path) -> None:
-    """Nothing heavy, no more of torch.distributed than torch loads, no output, under a twentieth of torch's own time."""
+    """Nothing heavy, no more of torch.distributed than torch loads, no output, a twentieth of torch's own time."""
     code = """
 import json, sys, time
 start = time.process_time()

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from cocodiff.exchange.coder import Coder, Parcel
@@ -22,6 +21,7 @@ from cocodiff.exchange.flat import AllToAll
 from cocodiff.exchange.layout import Traffic, outer_difference, staged_order, staged_plan
 from cocodiff.exchange.staged import StagedExchange, in_order
 from cocodiff.lanes import Lane, Ticket
+from cocodiff.mesh import Axis
 from cocodiff.similarity import Route
 from cocodiff.tally import Tally
 
@@ -50,13 +50,16 @@ class Link:
 
     Attributes:
         slow: the innermost slow level; all outside it are slow, too.
-        encoding, decoding: lanes beside those of the links.
+        encoding, decoding: lanes beside those of the links, which are `lanes`, by level.
+        tags: numbers for messages, counting on from run to run.
     """
 
     slow: int
     coder: Coder
     encoding: Lane
     decoding: Lane
+    lanes: Mapping[int, Lane]
+    tags: Iterator[int]
     tally: Tally
 
 
@@ -92,27 +95,17 @@ class SelectiveExchange:
     """Blocks from every rank to every rank, exact where they cross no slow level: for one layer in one forward.
 
     Args:
-        sizes, rank, group, lane: as of `FlatExchange`; `ranks` are those of the group, as the run numbers them.
+        axis: of all these ranks, more than one.
         staged: takes the levels inside the slow ones, a stage each; None for all at once.
-        tags: numbers for messages of this group.
     """
 
     name = "selective"
 
-    def __init__(
-        self,
-        link: Link,
-        channel: Channel,
-        sizes: tuple[int, ...],
-        rank: int,
-        ranks: tuple[int, ...],
-        group: dist.ProcessGroup,
-        lane: Lane,
-        staged: StagedExchange | None,
-        tags: Iterator[int],
-    ) -> None:
-        self._link, self._channel, self._sizes, self._rank, self._ranks = link, channel, sizes, rank, ranks
-        self._group, self._lane, self._staged, self._tags = group, lane, staged, tags
+    def __init__(self, link: Link, channel: Channel, axis: Axis, staged: StagedExchange | None) -> None:
+        assert axis.group is not None
+        self._link, self._channel, self._staged = link, channel, staged
+        self._sizes, self._rank, self._ranks, self._group = axis.cluster.sizes, axis.rank, axis.ranks, axis.group
+        self._lane, sizes = link.lanes[axis.level], self._sizes
         self._merged = (*sizes[: link.slow], math.prod(sizes[link.slow :]))
         self.order = tuple(range(math.prod(sizes))) if staged is None else staged_order(self._merged)
 
@@ -135,7 +128,7 @@ class SelectiveExchange:
         def decode(payload: Tensor) -> Tensor:
             return _decoded(parts["receive"], payload, link.coder, send.dtype, out)
 
-        travel = AllToAll(splits["send"], splits["receive"], self._group, next(self._tags))
+        travel = AllToAll(splits["send"], splits["receive"], self._group, next(link.tags))
         payload = self._lane.submit(travel, link.encoding.submit(encode, source, label), label)
         return link.decoding.submit(decode, payload, label)
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from cocodiff.exchange.coder import Parcel
 from cocodiff.exchange.flat import AllToAll
 from cocodiff.exchange.layout import outer_difference
 from cocodiff.exchange.selective import Channel, Link
-from cocodiff.lanes import Lane, Ticket
+from cocodiff.lanes import Ticket
+from cocodiff.mesh import Axis
 
 
 class SelectiveRing:
@@ -24,23 +24,13 @@ class SelectiveRing:
     All who receive a part hold the same copy of it, so its sender keeps one.
 
     Args:
-        sizes, rank, group, lane: as of `Ring`; `ranks` are those of the group, as the run numbers them.
-        tags: numbers for messages of this group.
+        axis: of the parts, more than one.
     """
 
-    def __init__(
-        self,
-        link: Link,
-        channel: Channel,
-        sizes: tuple[int, ...],
-        rank: int,
-        ranks: tuple[int, ...],
-        group: dist.ProcessGroup,
-        lane: Lane,
-        tags: Iterator[int],
-    ) -> None:
-        self._link, self._channel, self._sizes, self._rank, self._ranks = link, channel, sizes, rank, ranks
-        self._group, self._lane, self._tags = group, lane, tags
+    def __init__(self, link: Link, channel: Channel, axis: Axis) -> None:
+        assert axis.group is not None
+        self._link, self._channel, self._lane = link, channel, link.lanes[axis.level]
+        self._sizes, self._rank, self._ranks, self._group = axis.cluster.sizes, axis.rank, axis.ranks, axis.group
 
     def start(self, own: Ticket, rows: Sequence[int], width: int, dtype: torch.dtype, label: str) -> list[Ticket]:
         """As of `Ring`."""
@@ -73,7 +63,7 @@ class SelectiveRing:
             send_splits[ahead], recv_splits[behind] = sent, received
             levels = range(len(self._sizes))
             link.tally.add(label, [sent * (i == level) for i in levels], [exact * (i == level) for i in levels])
-            source = self._lane.submit(AllToAll(send_splits, recv_splits, self._group, next(self._tags)), source, label)
+            source = self._lane.submit(AllToAll(send_splits, recv_splits, self._group, next(link.tags)), source, label)
             tickets.append(link.decoding.submit(partial(self._decoded, theirs, dtype), source, label))
         return tickets
 
