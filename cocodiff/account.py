@@ -13,6 +13,7 @@ from cocodiff.engine import Engine
 from cocodiff.errors import CocodiffError
 from cocodiff.exchange.selective import ENDS
 from cocodiff.launch.agree import gather_json
+from cocodiff.transmission import Selective
 
 LABELS = ("q", "k", "v", "o")
 
@@ -29,12 +30,15 @@ def account(engine: Engine, before: tuple[Counter, Counter]) -> dict[str, Any]:
 
     Returns:
         mesh: the degrees.
-        transmission: `Selective`'s fields; None for exact.
+        transmission: `Selective`'s fields, the level `from_level` where it begins, `planned_share` of this run (short
+            ones send more), and `coded_layers` of how many; None for exact, `reason` says why.
         bytes: level -> tensor -> `sent` and `exact`, what all ranks together sent, and would have sent.
         share: of the exact bytes, level by level.
-        residual_error: relative, measured by those who sent: `steps` (one number each), `layers`, `tensors`, `worst`.
+        residual_error: relative, measured by those who sent, of all ranks together: `steps` (one number each, counted
+            from 0 as everywhere), `layers`, `tensors` that were coded, and the `worst` of all, None if none was.
         held_bytes: memory of the copies, the most of any rank.
-        guard: (step, error, rungs raised) of each forward of this rank's branches; empty without `max_error`.
+        guard: `step`, `error` of the worst rank and `rungs` raised, of each forward of this rank's branches; empty
+            without `max_error`.
     """
     mesh, selection, group = engine.mesh, engine.selection, engine.mesh.host_group
     levels = [level.name for level in mesh.cluster.levels]
@@ -47,6 +51,7 @@ def account(engine: Engine, before: tuple[Counter, Counter]) -> dict[str, Any]:
     result: dict[str, Any] = {
         "mesh": str(mesh.degrees),
         "transmission": None,
+        "reason": None,
         "bytes": moved,
         "share": {
             level: sum(one["sent"] for one in tensors.values()) / sum(one["exact"] for one in tensors.values())
@@ -55,14 +60,22 @@ def account(engine: Engine, before: tuple[Counter, Counter]) -> dict[str, Any]:
         },
     }
     if selection is None:
+        asked = Selective.of(engine.config.transmission)
+        result["reason"] = "asked for" if asked is None else "these ranks cross no level where it applies"
         return result
     if selection.selective.check:
         _check(engine)
+        selection.free()
     held = torch.tensor(selection.held_bytes, device="cpu")
     dist.all_reduce(held, dist.ReduceOp.MAX, group=group)
-    result["transmission"] = asdict(selection.selective) | {"from_level": levels[selection.slow]}
+    coded, layers = selection.coded
+    result["transmission"] = asdict(selection.selective) | {
+        "from_level": levels[selection.slow],
+        "planned_share": selection.planned if coded else 1.0,
+        "coded_layers": {"coded": coded, "of": layers},
+    }
     result["held_bytes"] = int(held)
-    result["guard"] = [list(entry) for entry in selection.guarded]
+    result["guard"] = [dict(zip(("step", "error", "rungs"), entry, strict=True)) for entry in selection.guarded]
     result["residual_error"] = _errors(engine)
     return result
 
@@ -100,13 +113,15 @@ def _errors(engine: Engine) -> dict[str, Any]:
         missed, carried = (sums.sum(over) if over else sums).unbind(-1)
         return (missed / carried.clamp_min(1e-300)).sqrt()
 
-    each, worst = relative(), None
-    if each.numel():
+    each, worst, coded = relative(), None, sums.sum((0, 1))[:, 1] > 0
+    if bool(coded.any()):
         at = [int(index) for index in torch.unravel_index(each.argmax(), each.shape)]
         worst = {"error": float(each.max()), "step": at[0], "layer": at[1], "tensor": LABELS[at[2]]}
     return {
         "steps": relative(1, 2).tolist(),
         "layers": relative(0, 2).tolist(),
-        "tensors": dict(zip(LABELS, relative(0, 1).tolist(), strict=True)),
+        "tensors": {
+            label: error for label, error, yes in zip(LABELS, relative(0, 1).tolist(), coded, strict=True) if yes
+        },
         "worst": worst,
     }

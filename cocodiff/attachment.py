@@ -48,13 +48,15 @@ class Attachment:
     last: dict[str, Any] | None = None
 
     def report(self) -> dict[str, Any]:
-        """What the last call sent, missed and held: `cocodiff.account.account` has the keys.
+        """What the last call sent, missed and held; docs/selective.md explains the keys.
 
         Raises:
-            PatchError: there was no call yet, or one rank has nothing to send.
+            PatchError: no call has ended yet.
         """
+        if self.job.world_size == 1:
+            return {"transmission": None, "reason": "one rank sends nothing", "bytes": {}, "share": {}}
         if self.last is None:
-            raise PatchError("there is nothing to report: no call has ended yet, or there is one rank alone.")
+            raise PatchError("there is nothing to report: no call has ended yet.")
         return self.last
 
     @property

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cocodiff.exchange import Layout
-from cocodiff.mesh import Mesh
+from cocodiff.exchange import split_sizes
+from cocodiff.exchange.layout import axis_sizes
+from cocodiff.mesh import Degrees, outermost
+from cocodiff.topology import Cluster
 
 MAX_PIECES = 4
 ROWS_PER_PIECE = 128  # up to two pieces may be smaller, of half as many; MEASURED: 36 rows cost more than they hide
@@ -24,6 +26,7 @@ ASSUMED_TFLOPS = {"cpu": 0.03, "cuda": 300.0, "xpu": 100.0}
 # exactly that begins is ASSUMED; MEASURED on a CPU whose ranks share cores, by this model's figures: at 0.24 coding
 # made a step 1.2 times as long, at 4 a third as long (benchmarks/results/selective has the second).
 WORTH_CODING = 0.75
+NOMINAL_TOKENS = 4096 + 512  # when meshes are chosen, sizes are not known yet: FLUX at 1024 x 1024 px
 
 
 @dataclass(frozen=True)
@@ -50,27 +53,36 @@ class Costs:
 
 
 def layer_costs(
-    mesh: Mesh, exchange: str, device_type: str, layouts: Sequence[Layout], width: int, itemsize: int, share: float
+    cluster: Cluster,
+    degrees: Degrees,
+    exchange: str,
+    device_type: str,
+    width: int,
+    itemsize: int,
+    seq_lens: Sequence[int] | None = None,
+    share: float = 1.0,
 ) -> Costs:
     """Of one layer.
 
     Args:
+        cluster: of all ranks, with concrete sizes.
         exchange: "flat", "staged" or "auto", the faster of the two.
-        layouts: of each part of the sequence.
+        seq_lens: tokens of every rank of a sequence; NOMINAL_TOKENS in all, if they are not known yet.
         width: heads x head_dim, elements of `itemsize` bytes.
         share: of the bytes of an exact exchange.
     """
-    seq_lens = [length for layout in layouts for length in layout.seq_lens]
-    rows, cluster = sum(seq_lens) / len(seq_lens), mesh.ulysses.cluster
+    seq_lens = seq_lens or split_sizes(NOMINAL_TOKENS, degrees.ring * degrees.ulysses)
+    rows = sum(seq_lens) / len(seq_lens)
+    ulysses = cluster.with_sizes(axis_sizes(cluster.sizes, 1, degrees.ulysses))
     flops = rows * width * (24 * width + 4 * sum(seq_lens))  # projections and an MLP four times as wide; attention
     compute = flops / (ASSUMED_TFLOPS.get(device_type, 100.0) * 1e12)
     tensor_bytes = rows * width * itemsize * share
-    seconds = {name: cluster.seconds(name, tensor_bytes) for name in ("flat", "staged")}
+    seconds = {name: ulysses.seconds(name, tensor_bytes) for name in ("flat", "staged")}
     if exchange == "auto":
         exchange = "staged" if seconds["staged"] < seconds["flat"] else "flat"
-    link = mesh.cluster.levels[mesh.ring.level]
-    ring = (mesh.ring.size - 1) * (link.latency_us * 1e-6 + tensor_bytes / (link.bandwidth_gbs * 1e9))
-    exchanges, latency = max((4 * seconds[exchange], cluster.seconds(exchange, 0)), (2 * ring, link.latency_us * 1e-6))
+    link = cluster.levels[outermost(axis_sizes(cluster.sizes, degrees.ulysses, degrees.ring))]
+    ring = (degrees.ring - 1) * (link.latency_us * 1e-6 + tensor_bytes / (link.bandwidth_gbs * 1e9))
+    exchanges, latency = max((4 * seconds[exchange], ulysses.seconds(exchange, 0)), (2 * ring, link.latency_us * 1e-6))
     return Costs(compute, exchange, seconds[exchange], ring, latency, exchanges)
 
 

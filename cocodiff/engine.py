@@ -145,12 +145,15 @@ class Engine:
         heads x head_dim, of `itemsize` bytes each.
         """
         mesh, selection, place = self.mesh, self.selection, self.device.type
-        modelled = partial(layer_costs, mesh, self.config.exchange, place, layouts, width, itemsize)
-        costs, coded = modelled(1.0), False
+        seq_lens = [length for layout in layouts for length in layout.seq_lens]
+        modelled = partial(
+            layer_costs, mesh.cluster, mesh.degrees, self.config.exchange, place, width, itemsize, seq_lens
+        )
+        costs, coded = modelled(), False
         if selection is not None and selection.running and (selection.told or costs.worth_coding):
-            costs, coded = modelled(selection.share(itemsize)), True
+            costs, coded = modelled(share=selection.share), True
         exchange = self.staged if costs.exchange == "staged" and mesh.ulysses.size > 1 else self.flat
-        return exchange, pieces(costs, min(min(layout.seq_lens) for layout in layouts), place), coded
+        return exchange, pieces(costs, min(seq_lens), place), coded
 
     def begin(self, layers: Sequence[tuple[int, int]], batch: int, itemsize: int) -> None:
         """The first forward of a selective run: ConfigError on every rank unless what it will hold fits.
@@ -162,16 +165,15 @@ class Engine:
         """
         selection, mesh = self.selection, self.mesh
         assert selection is not None
-        held, exact = [], 0
+        held, coded = [], 0
         for heads, head_dim in layers:
             if not self.plan(self.layouts(heads), heads * head_dim, itemsize)[2]:
-                exact += 1
                 continue
+            coded += 1
             widths = {share * head_dim for share in split_sizes(heads, mesh.ulysses.size)}  # all, so that all raise
             if any([selection.coding(0, width, itemsize, first=True).base != "nothing" for width in widths]):
                 held.append((heads, head_dim))
-        if exact:
-            selection.say_exact(exact, len(layers))
+        selection.cover(coded, len(layers))
         streams = {name: sum(sizes) for name, sizes in self.tokens.streams.items()}
         needed = held_bytes(
             mesh.cluster, mesh.degrees, selection.slow, mesh.everyone.rank, streams, held, batch, selection.branches

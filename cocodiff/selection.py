@@ -44,6 +44,11 @@ def slow_level(selective: Selective, cluster: Cluster, crossed: int) -> int | No
     return slow if crossed >= slow else None
 
 
+def is_told(selective: Selective, cluster: Cluster, slow: int) -> bool:
+    """Whether the user names the level, or the cluster calls it slow: it is taken at its word, whatever figures say."""
+    return selective.level is not None or cluster.levels[slow].slow is True
+
+
 class Selection:
     """Which exchanges are selective, and how, from run to run.
 
@@ -52,9 +57,10 @@ class Selection:
         lanes: of the links, by level.
 
     Attributes:
-        told: the user names the level, or the cluster calls it slow: it is taken at its word, whatever figures say.
+        told: `is_told`.
         branches: of guidance that are calls of their own, in the run that is running.
         rungs: by which the guard has raised what each step carries.
+        coded: layers that are selective in this run, and all; `planned`: share of the bytes that they may send.
     """
 
     def __init__(
@@ -65,7 +71,7 @@ class Selection:
         encoding, decoding = make_lane("encode", device), make_lane("decode", device)
         self._link = Link(slow, Coder(self.copies), encoding, decoding, lanes, itertools.count(TAG), tally)
         self._device = device
-        self.told = selective.level is not None or mesh.cluster.levels[slow].slow is True
+        self.told = is_told(selective, mesh.cluster, slow)
         self.alone = mesh.ulysses.level < slow or mesh.ulysses.size == 1  # keys and values alone cross
         self._said: set[str] = set()
         self._times: list[float] | None = None  # while a run is running
@@ -81,15 +87,17 @@ class Selection:
         self.missed: defaultdict[tuple[int, int, str], list[Tensor]] = defaultdict(list)  # (step, layer, label)
         self._held = 0
         self.rungs = 0
+        self.coded, self.planned = (0, 0), 1.0
         self.guarded: list[tuple[int, float, int]] = []  # (step, worst error, rungs from there on)
 
     @property
     def running(self) -> bool:
         return self._times is not None and not self._paused
 
-    def share(self, itemsize: int) -> float:
+    @property
+    def share(self) -> float:
         """Of the bytes of an exact exchange, on average over the run that is running; 1 outside one."""
-        return self.selective.in_bits(itemsize, self.alone) / (8 * itemsize) if self.running else 1.0
+        return self.selective.share(len(self._times), self.alone) if self._times and self.running else 1.0
 
     def expect(self, times: Callable[[], Sequence[float]], branches: int) -> None:
         """A run begins with the next forward.
@@ -104,11 +112,10 @@ class Selection:
         """Nothing is held, and nothing has been counted."""
         spacing = abs(times[-1] - times[0]) / max(len(times) - 1, 1) or 1.0
         self._times = [(times[0] - time) / spacing for time in times]
-        if len(times) < SHORT_RUN:
-            self._say(
-                f"a run of {len(times)} steps: fewer than {SHORT_RUN} have little to predict from, so it may send "
-                f"{SHORT_RUN / len(times):.1f} times as much."
-            )
+        share = self.planned = self.share
+        if share > (budget := self.selective.budget_of(self.alone)[1]):
+            what = "is exact" if share == 1 else f"may send {share:.3g} of the bytes instead of {budget:.3g}"
+            self._say(f"runs of fewer than {SHORT_RUN} steps have little to predict from: one of {len(times)} {what}.")
         self._conditions, self._shapes, self.rungs, self._held = [], [], 0, 0
         for one in (self._calls, self._since, self.missed, self.guarded):
             one.clear()
@@ -122,18 +129,27 @@ class Selection:
             _log.warning(text)
         self._said.add(text)
 
-    def say_exact(self, count: int, layers: int) -> None:
-        """So many layers of all stay exact for what they cost."""
-        level = self.mesh.cluster.levels[self.slow].name
-        self._say(
-            f"by the cluster's figures the exact exchanges of {count} of {layers} layers hide under their compute, so "
-            f"they stay exact. If the link is slower than that, measure it (cocodiff bench collectives), or say "
-            f"Selective(level={level!r})."
-        )
+    def cover(self, coded: int, layers: int) -> None:
+        """So many layers of all are selective in the run that begins; the others stay exact for what they cost."""
+        self.coded = coded, layers
+        if coded < layers:
+            level = self.mesh.cluster.levels[self.slow].name
+            self._say(
+                f"by the cluster's figures the exact exchanges of {layers - coded} of {layers} layers hide under their "
+                f"compute, so they stay exact. If the link is slower than that, measure it (cocodiff bench "
+                f"collectives), or say Selective(level={level!r})."
+            )
 
     def end(self) -> None:
         """Nothing is selective until the next run."""
         self._times = self._expected = None
+        if not self.selective.check:  # which compares them first
+            self.free()
+
+    def free(self) -> None:
+        """Copies of the run are of no more use."""
+        self._held = self.held_bytes
+        self.copies.clear()
 
     @property
     def held_bytes(self) -> int:
@@ -224,20 +240,20 @@ class Selection:
         if self.selective.max_error is not None:
             self._guard(self.selective.max_error, worst)
         if len(self._conditions) == self.branches and min(self._calls.values()) == len(self._times):
-            self._held = self.held_bytes
             if not self.selective.check:  # decoding the picture may need the memory
-                self.copies.clear()
+                self.free()
 
     def _guard(self, bound: float, worst: Callable[[Tensor], float]) -> None:
-        """Raise what the next exchanges carry while the worst rank's error leaves the bound."""
+        """After a step whose error, the worst rank's, passes the bound, all later ones carry more.
+
+        What was raised stays: with a rung less the error is 2 to 11 times as large, and passes it again.
+        """
         step = self._calls[self._branch] - 1
         norms = [x for key, several in self.missed.items() if key[0] == step for x in several]
         missed, carried = torch.stack(norms).sum(0) if norms else torch.zeros(2, device=self._device)
         error = worst((missed / carried.clamp_min(1e-30)).sqrt())
         if error > bound:
             self.rungs = min(self.rungs + 1, len(LADDER) - 1)
-        elif error < bound / 4:
-            self.rungs = max(self.rungs - 1, 0)
         self.guarded.append((step, error, self.rungs))
 
 

@@ -5,6 +5,7 @@ Bits go early: what is wrong in the first steps is drawn for good, while the las
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -82,8 +83,8 @@ class Selective:
         budget: share of the bytes that exact sends, over a whole run; 1 is exact.
         budget_ring: the same where keys and values alone cross slow links (a ring over nodes); `budget` if None.
         level: the innermost level where it applies (all outside it, too); None for the slow ones of the cluster.
-        max_error: bound of the relative residual error of a step, measured at the senders. Where it is left, the next
-            exchanges carry more bits, until it holds.
+        max_error: what the relative residual error of a step, measured at the senders, should not pass. After a step
+            that passed it all later ones of the run carry more bits, a rung of `LADDER` more each time.
         method: one of `METHODS`; all but the first are there to compare.
         warmup, refresh: for methods that send rows: whole steps at the beginning; every so many a whole one (0: never).
         check: compare the copies of both ends after each run, by a hash.
@@ -107,17 +108,22 @@ class Selective:
             if value is None and name != "budget":
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-                raise ConfigError(f"{name}={value!r} is not a number above 0, at most 1.")
+                hint = f" Write {name}={value}, no text." if isinstance(value, str) else ""
+                raise ConfigError(f"{name}={value!r} is not a number above 0, at most 1.{hint}")
         if self.method not in METHODS:
             raise ConfigError(f"method={self.method!r} is not one of {', '.join(METHODS)}.")
         if self.max_error is not None and self.method != "predicted":
-            raise ConfigError(f"max_error={self.max_error!r}: method={self.method!r} has no bits to add. Leave it out.")
+            raise ConfigError(f"max_error={self.max_error!r}: method={self.method!r} does not heed it. Leave it out.")
         for name, least in (("warmup", 1), ("refresh", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name}={value!r} is not a whole number of at least {least}.")
+            if self.method not in _PICKS and value != least:
+                raise ConfigError(f"{name}={value!r}: method={self.method!r} has no such steps. Leave it out.")
         if self.level is not None and not isinstance(self.level, str):
             raise ConfigError(f"level={self.level!r} is not the name of a level.")
+        if not isinstance(self.check, bool):
+            raise ConfigError(f"check={self.check!r} is neither True nor False.")
 
     @classmethod
     def of(cls, transmission: str | Selective) -> Selective | None:
@@ -139,10 +145,14 @@ class Selective:
         their own change here."""
         return cls(budget=budget, method="v_major", warmup=warmup, refresh=refresh, **settings)  # type: ignore[arg-type]
 
-    def in_bits(self, itemsize: int, ring: bool) -> float:
-        """Of one element, on average over a run."""
-        budget = self.budget_ring if ring and self.budget_ring is not None else self.budget
-        return budget * itemsize * 8
+    def budget_of(self, ring: bool) -> tuple[str, float]:
+        """The field that counts, and its value."""
+        ring = ring and self.budget_ring is not None
+        return ("budget_ring", self.budget_ring) if ring else ("budget", self.budget)  # type: ignore[return-value]
+
+    def share(self, steps: int, ring: bool) -> float:
+        """Of the bytes, over a run of so many steps: short ones send more."""
+        return min(1.0, self.budget_of(ring)[1] * max(1.0, SHORT_RUN / steps))
 
     def codings(self, steps: int, width: int, itemsize: int, ring: bool = False) -> tuple[Coding, ...]:
         """What each step sends; its mean over the steps is at most the budget, which grows in short runs.
@@ -150,13 +160,25 @@ class Selective:
         Raises:
             ConfigError: the budget cannot hold what the first step needs.
         """
-        bits = self.in_bits(itemsize, ring) * max(1.0, SHORT_RUN / steps)
-        if bits >= itemsize * 8:
+        whole = itemsize * 8
+        bits = self.share(steps, ring) * whole
+        if bits == whole:
             return (Coding(RAW, base="nothing"),) * steps
+        least, why = payload_bytes(width, 1) * 8 / width, "each step takes a bit an element and a byte a row"
+        if self.method in ("predicted", "residual"):
+            least, why = least / steps, why.replace("each", "the first")
+        elif self.method != "plain":
+            least, why = whole / steps, "the first step is whole"
+        if bits < least:
+            name, budget = self.budget_of(ring)
+            raise ConfigError(
+                f"{name}={budget:.3g} is too small for method={self.method!r}, {steps} steps and rows of {width} "
+                f"elements: {why}. Use at least {_rounded_up(budget * least / bits)}, or more steps."
+            )
         if self.method in ("predicted", "residual"):
             spread = _spread(bits, steps, width, min(8, itemsize * 8 - 1))
             return tuple(replace(coding, base="held") for coding in spread) if self.method == "residual" else spread
-        return _comparisons(self, bits, steps, width, itemsize * 8)
+        return _comparisons(self, bits, steps, width, whole)
 
 
 PRESETS = {
@@ -175,12 +197,6 @@ def _spread(bits: float, steps: int, width: int, most: int) -> tuple[Coding, ...
     least = max(index for index, (coding, _) in enumerate(rungs) if coding.share == 1)
     at = [least] + [len(rungs) - 1] * (steps - 1)  # all rows must have come once
     spent = costs[least]
-    if spent > bits * steps:
-        raise ConfigError(
-            f"{bits:.3g} bits an element over {steps} steps are {bits * steps:.3g}, but the first step alone needs "
-            f"{spent:.3g}: rows of {width} elements take a bit each and a byte of scale. Use a larger budget, or "
-            "more steps."
-        )
     while True:
         gains = [
             (weights[step] * (rungs[now][1] - rungs[rung][1]) / (costs[rung] - costs[now]), -step, -rung)
@@ -198,15 +214,9 @@ def _spread(bits: float, steps: int, width: int, most: int) -> tuple[Coding, ...
 def _comparisons(selective: Selective, bits: float, steps: int, width: int, whole: int) -> tuple[Coding, ...]:
     """The methods to compare with, `whole` bits an element where it is sent as it is."""
     if selective.method == "plain":
-        fitting = [n for n in (8, 4, 2, 1) if payload_bytes(width, n) * 8 / width <= bits]
-        if not fitting:
-            raise ConfigError(f"{bits:.3g} bits an element cannot hold rows of {width} with a byte of scale.")
-        return (Coding(fitting[0], base="nothing"),) * steps
+        most = max(n for n in (8, 4, 2, 1) if payload_bytes(width, n) * 8 / width <= bits)
+        return (Coding(most, base="nothing"),) * steps
     full = bits / whole * steps  # so many whole steps could be sent
-    if full < 1:
-        raise ConfigError(
-            f"{selective.method} with a budget of {bits / whole:.3g} over {steps} steps cannot send one whole step."
-        )
     if selective.method == "skip":
         sent = {round(index * steps / int(full)) for index in range(int(full))}
         return tuple(FULL if step in sent else Coding(RAW, 0.0, "held") for step in range(steps))
@@ -223,3 +233,9 @@ def _comparisons(selective: Selective, bits: float, steps: int, width: int, whol
     places = {t: (index + 0.5) / len(rest) for index, t in enumerate(rest)}
     shares = {t: mean + slope * (1 - 2 * place) for t, place in places.items()}
     return tuple(FULL if t in whole_steps else Coding(RAW, shares[t], "held", pick) for t in range(steps))
+
+
+def _rounded_up(number: float) -> str:
+    """To three significant digits."""
+    unit = 10.0 ** (math.floor(math.log10(number)) - 2)
+    return f"{math.ceil(number / unit) * unit:.3g}"

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import logging
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from cocodiff.attachment import Attachment, subclass, weights
 from cocodiff.config import DEGREES, Config
+from cocodiff.costs import layer_costs
 from cocodiff.door import Door
 from cocodiff.engine import Engine
 from cocodiff.errors import ConfigError, PatchError
 from cocodiff.launch.agree import agree
 from cocodiff.launch.job import Job, start_job
-from cocodiff.mesh import Mesh, choose_degrees, outermost
+from cocodiff.mesh import Degrees, Mesh, choose_degrees, outermost
 from cocodiff.models import Family, family_of
 from cocodiff.patches import Patches
 from cocodiff.refuse import refuse_modifications
-from cocodiff.selection import slow_level
+from cocodiff.selection import is_told, slow_level
 from cocodiff.topology import Cluster, load_cluster
 from cocodiff.transmission import Selective
 
@@ -126,6 +128,8 @@ def attach(pipeline: Any, config: Config, job: Job) -> Any:
                 for name in DEGREES:
                     if getattr(config, name) not in (None, 1):
                         raise ConfigError(f"{name}={getattr(config, name)} on one rank: start that many ranks.")
+                if Selective.of(config.transmission) is not None:
+                    _log.warning("transmission=%r does nothing on one rank, which sends nothing.", config.transmission)
             pipeline.cocodiff = attachment
     except BaseException:
         job.close()
@@ -140,7 +144,8 @@ def _install(pipeline: Any, attachment: Attachment) -> None:
     transformers = {name: getattr(pipeline, name) for name in names}
     for transformer in transformers.values():
         refuse_modifications(transformer, [])  # before weights are looked at: quantised ones have no plain values
-    given: dict[str, Any] = {field.name: repr(getattr(config, field.name)) for field in fields(config)}
+    settings = {field.name: getattr(config, field.name) for field in fields(config)}
+    given: dict[str, Any] = {name: one if isinstance(one, str) else repr(one) for name, one in settings.items()}
     cluster, attachment.cluster_reason = load_cluster(config.cluster, job.hosts, job.device.type)
     given |= {"cluster": cluster.to_json(), "pipeline": type(pipeline).__name__, "device type": job.device.type}
     for name, transformer in transformers.items():
@@ -174,15 +179,41 @@ def _install(pipeline: Any, attachment: Attachment) -> None:
 def _say_where(config: Config, engine: Engine) -> None:
     selection, cluster = engine.selection, engine.mesh.cluster
     if selection is None:
-        slow = [level.name for level, yes in zip(cluster.levels, cluster.slow, strict=True) if yes]
-        _log.warning(
-            "transmission=%r sends everything, as exact does: these ranks cross no slow level (of "
-            "cluster %r slow: %s). Selective(level=...) names one all the same.",
-            config.transmission, cluster.name, ", ".join(slow) or "none",
-        )  # fmt: skip
+        names = [level.name for level in cluster.levels]
+        slow = ", ".join(name for name, yes in zip(names, cluster.slow, strict=True) if yes) or "none"
+        given = config.transmission
+        named = given.level if isinstance(given, Selective) else None
+        why = f"no slow level (of cluster {cluster.name!r} slow: {slow}). Selective(level=...) names one all the same"
+        if named is not None:
+            why = f"nothing beyond level {names[engine.mesh.sequence.level]!r}, which lies inside {named!r}"
+        _log.warning("transmission=%r sends everything, as exact does: these ranks cross %s.", given, why)
         return
     what = "keys and values alone cross" if selection.alone else "Q, K, V and the output cross"
     _log.info("transmission is selective from level %r on; %s.", cluster.levels[selection.slow].name, what)
+
+
+def _degrees(transformer: Any, family: Family, config: Config, cluster: Cluster, device_type: str) -> Degrees:
+    """The mesh of an exact run, or, where selective transmission applies and has something to save, of that."""
+    attending = [module for module in transformer.modules() if hasattr(module, "processor")]
+    heads = min((getattr(module, "heads", cluster.num_ranks) for module in attending), default=1)
+    fused = device_type != "xpu"  # where parts have no fused kernel (`cocodiff.kernels.partial`)
+    choose = partial(
+        choose_degrees,
+        cluster,
+        heads,
+        config.cfg_degree,
+        config.ring_degree,
+        config.ulysses_degree,
+        long=family.long and fused,
+    )
+    exact, selective = choose(), Selective.of(config.transmission)
+    slow = None if selective is None else slow_level(selective, cluster, outermost(cluster.sizes))
+    if selective is None or slow is None or not fused:
+        return exact
+    sizes = transformer.config
+    width, itemsize = sizes.num_attention_heads * sizes.attention_head_dim, transformer.dtype.itemsize
+    costs = layer_costs(cluster, exact, config.exchange, device_type, width, itemsize)
+    return choose(selective=True) if is_told(selective, cluster, slow) or costs.worth_coding else exact
 
 
 def make_door(
@@ -194,18 +225,11 @@ def make_door(
         raise PatchError("this transformer is wrapped already, but its forward was replaced. unwrap it first.")
     assert job.host_group is not None
     if engine is None:
-        attending = [module for module in transformer.modules() if hasattr(module, "processor")]
-        heads = min((getattr(module, "heads", cluster.num_ranks) for module in attending), default=1)
-        given = (config.cfg_degree, config.ring_degree, config.ulysses_degree)
-        selective = Selective.of(config.transmission)
-        crossed = outermost(cluster.sizes)
-        applies = selective and slow_level(selective, cluster, crossed) is not None
-        fused = job.device.type != "xpu"  # where parts have no fused kernel (`cocodiff.kernels.partial`)
-        degrees = choose_degrees(cluster, heads, *given, long=family.long and fused, selective=bool(applies) and fused)
+        degrees = _degrees(transformer, family, config, cluster, job.device.type)
         engine = Engine(config, Mesh.create(cluster, degrees, job.backend, job.host_group), job.device)
         if job.is_main:
             _log.info("mesh: %s (%s)", degrees, degrees.reason)
-            if selective is not None:
+            if Selective.of(config.transmission) is not None:
                 _say_where(config, engine)
     patches = Patches()
     try:

@@ -101,8 +101,12 @@ def run_unit(unit: Unit, prompts: Prompts, folder: Path, say: Callable[[str], No
     path = folder / "units" / f"{unit.name}.json"
     if path.exists():
         found = json.loads(path.read_text())
-        if found["prompts"] == asdict(prompts):
-            return found
+        if found["prompts"] != asdict(prompts):
+            raise ConfigError(
+                f"{path} is of {found['prompts']}, not of {asdict(prompts)}: give them as --captions and --seeds, or "
+                "another folder as --out."
+            )
+        return found
     columns: dict[str, list[float]] = {name: [] for name in ("psnr", "ssim", "latent_error", "right", "exact_right")}
     sent = whole = 0
     for batch in prompts.batches():

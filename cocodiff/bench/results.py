@@ -79,9 +79,9 @@ def check_folder(folder: Path | None) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"--save {folder}: {error.strerror}.") from None
+            raise ConfigError(f"cannot write into {folder}: {error.strerror}.") from None
         if not os.access(folder, os.W_OK):
-            raise ConfigError(f"--save {folder}: this folder is not writable.")
+            raise ConfigError(f"cannot write into {folder}: it is not writable.")
 
 
 def write(path: Path, text: str) -> None:

@@ -36,7 +36,9 @@ def generate(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, xpu; the local accelerator if left out.")] = None,
     exchange: str = "auto",
     schedule: str = "v_first",
-    cluster: Annotated[str, typer.Option(help="auto, a preset's name or a JSON file.")] = "auto",
+    cluster: Annotated[
+        str, typer.Option(envvar="EMULATED_CLUSTER", help="auto, a preset's name or a JSON file.")
+    ] = "auto",
     transmission: Annotated[str, typer.Option(help="Over slow links: exact, high, balanced or fast.")] = "exact",
     cfg_degree: Annotated[int | None, typer.Option(min=1, help="2: a half of the ranks for each branch.")] = None,
     ring_degree: Annotated[int | None, typer.Option(min=1, help="Parts whose keys and values travel.")] = None,
@@ -46,17 +48,15 @@ def generate(
     compare: Annotated[bool, typer.Option(help="Draw on one rank, too, and say how the pictures differ.")] = False,
 ) -> None:
     """Draw one picture or clip on all ranks."""
-    if ranks is not None:
-        raise SystemExit(start_ranks(ranks))
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of parts that are not used here, per rank
-    from cocodiff.bench.results import as_json, write
+    from cocodiff.bench.results import as_json, check_folder, write
     from cocodiff.cli import files
     from cocodiff.config import Config
     from cocodiff.launch.job import start_job
     from cocodiff.report import write_trace
     from cocodiff.wrap import attach
 
-    config = Config(
+    config = Config(  # what is wrong with it is said once, by one process
         exchange=exchange,
         schedule=schedule,
         cluster=cluster,
@@ -65,6 +65,10 @@ def generate(
         ulysses_degree=ulysses_degree,
         transmission=transmission,
     )
+    files.check(out)
+    check_folder(report and report.parent)
+    if ranks is not None:
+        raise SystemExit(start_ranks(ranks))
     call: dict[str, Any] = dict(prompt=prompt, height=height, width=width, num_inference_steps=steps, output_type="np")
     if guidance is not None:
         call["guidance_scale"] = guidance
@@ -73,7 +77,6 @@ def generate(
     for name, path in (("image", image), ("mask_image", mask)):
         if path is not None:
             call[name] = files.open_image(path)
-    files.check(out)
     job = start_job(device)  # before loading: a rank that cannot load is then noticed by the others
     with job.watched("loading"):
         pipe = _load(model, dtype, "inpaint" if mask else "img2img" if image else "text2image")
@@ -92,10 +95,15 @@ def generate(
         write_trace(timeline, trace, job.rank)
     if not pipe.cocodiff.is_main:
         return
-    if report is not None:
-        write(report, as_json(pipe.cocodiff.report()))
     saved = files.save(picture[0], out)
     print(f"{saved}: {prompt!r} drawn by {pipe.cocodiff.world_size} rank(s) on {pipe.cocodiff.device.type}")
+    account = pipe.cocodiff.report()
+    if report is not None:
+        write(report, as_json(account))
+    if account["transmission"] is not None:
+        sent = ", ".join(f"{share:.1%} over {level}" for level, share in account["share"].items())
+        errors = account["residual_error"]["steps"]
+        print(f"of an exact run's bytes {sent}; residual error of a step at most {max(errors, default=0.0):.1e}")
     if alone is not None:
         worst = float(abs(picture - alone).max())
         relative = float(((picture - alone) ** 2).sum() ** 0.5 / (alone**2).sum() ** 0.5)

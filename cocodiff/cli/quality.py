@@ -46,7 +46,11 @@ def quality(
     where = [Hosts(count, ranks, way == "ring") for count, ranks in sizes for way in _ways(crossing)]
     shares = [_share(text) for text in budgets.split(",")]
     chosen = units(names, _numbers("--steps", steps, ","), where, methods.split(","), shares)
+    if not chosen:
+        raise ConfigError(f"--methods {methods} --budgets {budgets}: none of these budgets holds any of these methods.")
     index, of = _numbers("--part", part, "/")
+    if index > of:
+        raise ConfigError(f"--part {part}: write 1/{of} to {of}/{of}.")
     prompts = Prompts(captions, seeds)
     say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
     for unit in chosen[index - 1 :: of]:
@@ -85,6 +89,9 @@ def _ways(text: str) -> list[str]:
 
 def _share(text: str) -> float:
     try:
-        return float(Fraction(text))
+        share = float(Fraction(text))
     except (ValueError, ZeroDivisionError):
-        raise ConfigError(f"--budgets {text}: write shares as 1/8 or 0.125.") from None
+        share = 0.0
+    if not 0 < share < 1:
+        raise ConfigError(f"--budgets {text}: write shares between 0 and 1, as 1/8 or 0.125.")
+    return share

@@ -1,5 +1,6 @@
 """The same script under torchrun and mpiexec, from the outside: pictures, and the end of every rank when one fails."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -104,15 +105,25 @@ def test_generate_draws_on_local_ranks_and_refuses_a_model_that_is_not_there(tmp
     assert "drawn by 2 rank(s)" in done.stdout and "against one rank" in done.stdout
     relative = float(done.stdout.split("relative error ")[1])
     assert relative < 1e-5, done.stdout
+    report = tmp_path / "reports" / "report.json"
+    coded = ["--transmission", "fast", "--steps", "2", "--report", str(report)]
+    alone = subprocess.run(
+        [*command, *coded, "--out", str(out.with_stem("alone"))],
+        env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert alone.returncode == 0 and out.with_stem("alone").exists(), alone.stderr
+    assert json.loads(report.read_text())["reason"] == "one rank sends nothing"
+    wrong = subprocess.run(
+        [*command, "--ranks", "2", "--transmission", "balancd"], env=environment, capture_output=True, text=True
+    )
+    assert wrong.returncode == 2 and "balancd" in wrong.stderr and len(wrong.stderr.splitlines()) < 4, wrong.stderr
     done = subprocess.run(
         [*command, "--model", str(tmp_path / "nowhere")], env=environment, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 2 and "nowhere" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_doctor_speaks_json(tmp_path):
-    import json
-
+def test_doctor_speaks_json():
     done = subprocess.run(
         [sys.executable, "-m", "cocodiff.cli", "doctor", "--json"], capture_output=True, text=True, timeout=60
     )

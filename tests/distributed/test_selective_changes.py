@@ -111,10 +111,13 @@ def _where_coding_gains():
     records = []
     logging.getLogger("cocodiff").addHandler(handler := logging.Handler())
     handler.emit = lambda record: records.append(record.getMessage())
-    found = {}
+    found, rings = {}, {}
     for rate in (1.0, 1e-3):  # GB/s of the outer link, which is slow against the inner one both times
         cluster = Cluster("figures", (Level("gpu", 2, 100.0, 1e-6), Level("node", 2, rate, 1e-6)))
         for name, transmission in {"preset": "balanced", "named": Selective(level="node")}.items():
+            pipe = cocodiff.wrap(_pipeline(), cluster=cluster, transmission=transmission)
+            rings[rate, name] = pipe.cocodiff.mesh.degrees.ring
+            cocodiff.unwrap(pipe)
             pipe = cocodiff.wrap(_pipeline(), cluster=cluster, transmission=transmission, ring_degree=2)
             picture = pipe(**_call(24)).images
             found[rate, name], held = shared(pipe.cocodiff.report()), pipe.cocodiff.report()["held_bytes"]
@@ -122,11 +125,12 @@ def _where_coding_gains():
             if found[rate, name] == 1:
                 exact = cocodiff.wrap(_pipeline(), cluster=cluster, ring_degree=2)
                 assert torch.equal(exact(**_call(24)).images, picture) and held == 0
-    return found, sum("hide under their compute" in text for text in records)
+    return found, rings, sum("hide under their compute" in text for text in records)
 
 
 def test_exchanges_that_hide_under_compute_stay_exact_unless_the_level_is_named():
-    for rank, (found, said) in enumerate(run_ranks(4, _where_coding_gains)):
+    for rank, (found, rings, said) in enumerate(run_ranks(4, _where_coding_gains)):
         assert found[1.0, "preset"] == 1, found
+        assert {key for key, ring in rings.items() if ring == 1} == {(1.0, "preset")}, "else the mesh of an exact run"
         assert all(0.1 < share < 0.13 for key, share in found.items() if key != (1.0, "preset")), found
         assert said == (rank == 0)

@@ -122,7 +122,7 @@ def test_results_are_saved_beside_each_other(tmp_path):
 def test_folders_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(ConfigError, match="--save"):
+        with pytest.raises(ConfigError, match="cannot write into"):
             results.check_folder(folder)
     with pytest.raises(ConfigError, match="cannot be written"):
         results.write(tmp_path / "none" / "x.json", "")

@@ -53,7 +53,8 @@ def test_the_papers_rule_falls_in_a_straight_line_from_all_rows_to_none():
 def test_presets_and_names():
     assert Selective.of("exact") is None and Selective.of(Selective(budget=1)) is None
     assert {name: Selective.of(name).budget for name in PRESETS} == {"high": 1 / 4, "balanced": 1 / 8, "fast": 1 / 16}
-    assert PRESETS["fast"].in_bits(2, ring=True) == 0.5 and PRESETS["high"].in_bits(2, ring=True) == 4
+    assert PRESETS["fast"].share(28, ring=True) == 1 / 32 and PRESETS["high"].share(28, ring=True) == 1 / 4
+    assert PRESETS["high"].share(10, ring=True) == 1 / 2 and PRESETS["high"].share(3, ring=False) == 1
     assert Coding(1, 0.25).told(8, "v") and not Coding(1).told(8, "v") and not Coding(1, 0.0).told(8, "v")
 
 
@@ -65,12 +66,25 @@ def test_presets_and_names():
         (lambda: Selective(budget=0), "budget=0 "),
         (lambda: Selective(budget=2), "budget=2 "),
         (lambda: Selective(max_error=-1.0), "max_error=-1.0"),
-        (lambda: Selective(max_error=0.1, method="v_major"), "has no bits to add"),
+        (lambda: Selective(max_error=0.1, method="v_major"), "does not heed it"),
         (lambda: Selective(method="guess"), "'guess' is not one of"),
         (lambda: Selective(warmup=0), "warmup=0"),
+        (lambda: Selective(refresh=2), "method='predicted' has no such steps"),
+        (lambda: Selective(budget="1/8"), "Write budget=1/8, no text"),
+        (lambda: Selective(check="yes"), "neither True nor False"),
         (lambda: Selective(level=3), "level=3"),
-        (lambda: Selective(budget=1e-3).codings(28, 128, 2), "the first step alone needs"),
-        (lambda: Selective(budget=1 / 64, method="v_major").codings(28, 128, 2), "cannot send one whole step"),
+        (
+            lambda: Selective(budget=1e-3).codings(28, 128, 2),
+            "takes a bit an element .* at least 0.00238",
+        ),
+        (
+            lambda: Selective(budget=1 / 32, method="plain").codings(28, 128, 2),
+            "each step takes .* 0.0665",
+        ),
+        (
+            lambda: Selective(budget=1 / 64, method="v_major").codings(28, 128, 2),
+            "step is whole. Use at least 0.0358",
+        ),
     ],
 )
 def test_what_cannot_be_is_said_with_its_numbers(make, words):
