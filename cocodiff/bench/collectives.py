@@ -67,7 +67,7 @@ def run_collectives(
         say(f"{size} bytes a rank")
         if max(statistics.median(seconds) for seconds in taken.values()) > patience:
             break
-    measured = _with_measurements(mesh, rows)
+    measured = with_measurements(mesh, rows, guessed=cluster == "auto")
     engine.close()
     return {"schema": SCHEMA, "environment": environment(job), "rows": rows}, measured
 
@@ -115,8 +115,12 @@ def _row(name: str, size: int, seconds: Sequence[float], ranks: int) -> dict[str
     }
 
 
-def _with_measurements(mesh: Mesh, rows: Sequence[dict[str, Any]]) -> Cluster:
-    """The mesh's cluster with each level's alpha and beta, and the exchanges' own times."""
+def with_measurements(mesh: Mesh, rows: Sequence[dict[str, Any]], guessed: bool) -> Cluster:
+    """The mesh's cluster with each level's alpha and beta, and the exchanges' own times.
+
+    Args:
+        guessed: it was detected: a level that was called slow for want of figures has some now.
+    """
 
     def points(name: str) -> tuple[tuple[float, float], ...]:
         return tuple((row["bytes"], row["seconds"]["median"]) for row in rows if row["exchange"] == name)
@@ -125,7 +129,8 @@ def _with_measurements(mesh: Mesh, rows: Sequence[dict[str, Any]]) -> Cluster:
     for level in mesh.level_groups:
         size = mesh.cluster.sizes[level]
         alpha, beta = fit(points(f"level {levels[level].name}"), size)
-        levels[level] = replace(levels[level], latency_us=alpha * 1e6, bandwidth_gbs=beta / 1e9)
+        slow = None if guessed and level > 0 else levels[level].slow
+        levels[level] = replace(levels[level], latency_us=alpha * 1e6, bandwidth_gbs=beta / 1e9, slow=slow)
     measured = Measured(mesh.ulysses.size, points("flat"), points("staged"))
     return replace(mesh.cluster, levels=tuple(levels), measured=measured)
 

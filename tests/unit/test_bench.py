@@ -1,18 +1,20 @@
 """The bench without ranks: shapes, links, fits, files."""
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from cocodiff.bench import results
-from cocodiff.bench.collectives import fit
+from cocodiff.bench.collectives import fit, with_measurements
 from cocodiff.bench.links import busiest_links, interface_bytes
 from cocodiff.bench.models import RECIPES, build_inputs, build_transformer
 from cocodiff.bench.run import run_bench
 from cocodiff.bench.shapes import SHAPES, Shape, named_shape
 from cocodiff.errors import ConfigError
+from cocodiff.topology.detect import detect
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -126,3 +128,17 @@ def test_folders_that_cannot_be_written(tmp_path):
             results.check_folder(folder)
     with pytest.raises(ConfigError, match="cannot be written"):
         results.write(tmp_path / "none" / "x.json", "")
+
+
+@pytest.mark.parametrize("network_gbs, slow", [(10.0, False), (0.1, True)])
+def test_a_link_that_was_slow_for_want_of_figures_is_judged_by_those_measured(network_gbs, slow):
+    detected, _ = detect(["a", "a", "b", "b"], "cpu")
+    assert detected.slow == (False, True)
+    rows = [
+        {"exchange": f"level {name}", "bytes": size, "seconds": {"median": 1e-5 + size / 2 / gbs / 1e9}}
+        for name, gbs in (("local", 5.0), ("network", network_gbs))
+        for size in (4096, 65536)
+    ]
+    mesh: Any = SimpleNamespace(cluster=detected, level_groups={0: None, 1: None}, ulysses=SimpleNamespace(size=4))
+    assert with_measurements(mesh, rows, guessed=True).slow == (False, slow)
+    assert with_measurements(mesh, rows, guessed=False).slow == (False, True)
