@@ -135,8 +135,8 @@ def test_a_link_that_was_slow_for_want_of_figures_is_judged_by_those_measured(ne
     detected, _ = detect(["a", "a", "b", "b"], "cpu")
     assert detected.slow == (False, True)
     rows = [
-        {"exchange": f"level {name}", "bytes": size, "seconds": {"median": 1e-5 + size / 2 / gbs / 1e9}}
-        for name, gbs in (("local", 5.0), ("network", network_gbs))
+        {"exchange": name, "bytes": size, "seconds": {"median": 1e-5 + size / 2 / gbs / 1e9}}
+        for name, gbs in (("level local", 5.0), ("level network", network_gbs), ("flat", 1.0), ("staged", 1.0))
         for size in (4096, 65536)
     ]
     mesh: Any = SimpleNamespace(cluster=detected, level_groups={0: None, 1: None}, ulysses=SimpleNamespace(size=4))
