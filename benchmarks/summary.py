@@ -14,7 +14,8 @@ HEAD = """# Results
 
 Each row is one run of `cocodiff bench`, with its own JSON, Markdown and plot beside this file; `benchmarks/sweep`
 makes them all. MEASURED on emulated links (`scripts/emulated_cluster`), several ranks to a core: ratios count, seconds
-do not.
+do not. Beside it: [meshes](meshes/README.md), [selective transmission, speed](selective/README.md) and
+[quality](quality/quality.md).
 "Communication" is the share of `ulysses`' time that its compute alone does not take. Ratios are of medians; in brackets
 the ratio of the worst of `exact` to the best of the other, and of the best to the worst.
 

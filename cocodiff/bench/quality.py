@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cocodiff.bench.simulate import Hosts, Rounding, Simulation
+from cocodiff.bench.simulate import Hosts, Played, Rounding, Simulation
 from cocodiff.errors import ConfigError
 from cocodiff.quality import psnr, relative_error, ssim
 from cocodiff.tiny import pictures, tiny_pipeline
@@ -111,7 +111,7 @@ def run_unit(unit: Unit, prompts: Prompts, folder: Path, say: Callable[[str], No
     sent = whole = 0
     for batch in prompts.batches():
         exact = _exact(unit.task, unit.steps, batch, folder)
-        simulation: Any
+        simulation: Played
         if unit.method == ROUNDING:
             simulation = Rounding(unit.hosts, LENGTHS)
         else:
@@ -167,7 +167,9 @@ def summary(result: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def draw(task: str, steps: int, batch: Sequence[tuple[int, int]], simulation: Any = None) -> tuple[Tensor, Tensor]:
+def draw(
+    task: str, steps: int, batch: Sequence[tuple[int, int]], simulation: Played | None = None
+) -> tuple[Tensor, Tensor]:
     """Pixels `(B, 64, 64, 3)` in [0, 1], unrounded, and latents, of one batch in float32."""
     pipe = tiny_pipeline("flux", task)
     pipe.set_progress_bar_config(disable=True)

@@ -8,6 +8,7 @@ Legend: B batch, S sequence, H heads, D head_dim, N ranks, W elements of a row.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -121,19 +122,22 @@ class BothSides(TorchFunctionMode):
         return output
 
 
-class Rounding:
-    """One run in which everything that crosses is rounded to bfloat16: the floor of any method on such a wire."""
+class Played(ABC):
+    """One run of a pipeline, all its ranks in this process.
+
+    Attributes:
+        sent, exact: bytes that crossed, and would have.
+    """
 
     def __init__(self, hosts: Hosts, lengths: dict[str, int]) -> None:
         self._hosts, self._lengths, self._step = hosts, lengths, -1
         self.sent = self.exact = 0
 
+    @abstractmethod
     def _cross(
         self, layer: int, label: str, rows: Tensor, blocks: tuple[int, ...], routes: tuple[Route, ...]
     ) -> Tensor:
-        self.sent += 2 * rows.numel()
-        self.exact += 2 * rows.numel()
-        return rows.bfloat16().to(rows.dtype)
+        """`Crossing`."""
 
     @contextmanager
     def around(self, transformer: Any) -> Iterator[None]:
@@ -152,14 +156,22 @@ class Rounding:
             transformer.forward = forward
 
 
-class Simulation(Rounding):
-    """One run of a pipeline with selective transmission, all its ranks in this process.
+class Rounding(Played):
+    """Everything that crosses is rounded to bfloat16: the floor of any method on such a wire."""
+
+    def _cross(
+        self, layer: int, label: str, rows: Tensor, blocks: tuple[int, ...], routes: tuple[Route, ...]
+    ) -> Tensor:
+        self.sent += 2 * rows.numel()
+        self.exact += 2 * rows.numel()
+        return rows.bfloat16().to(rows.dtype)
+
+
+class Simulation(Played):
+    """Selective transmission.
 
     Args:
         wire: bytes of an element of an exact exchange, against which shares are counted (compute may be wider).
-
-    Attributes:
-        sent, exact: bytes that crossed, and would have.
     """
 
     def __init__(self, selective: Selective, hosts: Hosts, lengths: dict[str, int], steps: int, wire: int = 2) -> None:
