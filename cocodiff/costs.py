@@ -22,9 +22,9 @@ LEAST_PIECE_SECONDS = {"cpu": 5e-3}
 # exchanges take at least this share of its compute, which is MODELLED from what a rank is assumed to do in a second.
 WORTH_CUTTING = 0.5
 ASSUMED_TFLOPS = {"cpu": 0.03, "cuda": 300.0, "xpu": 100.0}
-# Exact exchanges that take less than this share of the compute hide under it, and coding has nothing to save. Where
-# exactly that begins is ASSUMED; MEASURED on a CPU whose ranks share cores, by this model's figures: at 0.24 coding
-# made a step 1.2 times as long, at 4 a third as long (benchmarks/results/selective has the second).
+# Exact exchanges that take less than this share of the compute hide under it, and coding has nothing to save. MEASURED
+# on CPUs whose ranks share cores, by this model's figures: at 0.24 coding made a step 1.2 times as long (not kept), at
+# 0.89 it took 0.95 of the time of exact, at 4 a third (benchmarks/results/selective).
 WORTH_CODING = 0.75
 NOMINAL_TOKENS = 4096 + 512  # when meshes are chosen, sizes are not known yet: FLUX at 1024 x 1024 px
 
