@@ -22,10 +22,6 @@ LEAST_PIECE_SECONDS = {"cpu": 5e-3}
 # exchanges take at least this share of its compute, which is MODELLED from what a rank is assumed to do in a second.
 WORTH_CUTTING = 0.5
 ASSUMED_TFLOPS = {"cpu": 0.03, "cuda": 300.0, "xpu": 100.0}
-# Exact exchanges that take less than this share of the compute hide under it, and coding has nothing to save. MEASURED
-# on CPUs whose ranks share cores, by this model's figures: at 0.24 coding made a step 1.2 times as long (not kept), at
-# 0.89 it took 0.95 of the time of exact, at 4 a third (benchmarks/results/selective).
-WORTH_CODING = 0.75
 NOMINAL_TOKENS = 4096 + 512  # when meshes are chosen, sizes are not known yet: FLUX at 1024 x 1024 px
 
 
@@ -48,8 +44,12 @@ class Costs:
 
     @property
     def worth_coding(self) -> bool:
-        """Whether exchanges that are exact take so long that there is something to save."""
-        return self.exchanges > WORTH_CODING * self.compute
+        """Whether exact exchanges take so long that they cannot hide under the compute.
+
+        MEASURED on CPUs whose ranks share cores, where exchanges take so much of the compute by this model: 0.24,
+        coding made a step 1.2 times as long (not kept); 0.89, 0.95 times; 4, a third (benchmarks/results/selective).
+        """
+        return self.exchanges > self.compute
 
 
 def layer_costs(
