@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cocodiff.bench.quality import ROUNDING, summary
 from cocodiff.errors import ConfigError
+from cocodiff.transmission import METHODS
 
 TILE, TOP, LEFT = 128, 34, 6  # px
 DIFFERENCE = 8
@@ -38,44 +39,49 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def plot(results: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Median PSNR over the bytes that crossed, a line for each method, a panel for each way to cross."""
+    """Median PSNR over the bytes that crossed, a panel for each task and number of steps, a line for each method."""
     try:
         from matplotlib.figure import Figure
     except Exception:
         raise ConfigError("plots need matplotlib: pip install 'cocodiff[plot]'") from None
-    panels: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
-    floors: dict[str, float] = {}
+    panels: dict[str, dict[tuple[str, bool], list[tuple[float, float, float]]]] = {}
     for result in results:
         unit, row = result["unit"], summary(result)
-        crossing = "K and V cross" if unit["hosts"]["ring"] else "Q, K, V and O cross"
-        title = f"{unit['task']}, {unit['steps']} steps, {crossing}"
-        if unit["method"] == ROUNDING:
-            floors[title] = row["median"]
-        else:
-            line = panels.setdefault(title, {}).setdefault(unit["method"], [])
-            line.append((row["share"], row["median"], row["p10"]))
-    if not panels:
-        raise ConfigError("there is no unit to plot.")
+        lines = panels.setdefault(f"{unit['task']}, {unit['steps']} steps", {})
+        points = lines.setdefault((unit["method"], unit["hosts"]["ring"]), [])
+        points.append((row["share"], row["median"], row["p10"]))
     columns = min(len(panels), 2)
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(6.2 * columns, 4.2 * rows), layout="constrained")
-    for axes, (title, lines) in zip(figure.subplots(rows, columns, squeeze=False).flat, panels.items(), strict=False):
-        for method, points in lines.items():
+    figure = Figure(figsize=(6.2 * columns, 4.6 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).flat
+    names = list(METHODS)
+    for axes, (title, lines) in zip(grid, panels.items(), strict=False):
+        for (method, ring), points in lines.items():
+            label = f"{method}, {'K and V' if ring else 'Q, K, V, O'}"
+            if method == ROUNDING:
+                style = "--" if ring else ":"
+                axes.axhline(points[0][1], color="#888888", linestyle=style, linewidth=1, label=label)
+                continue
             shares, medians, lows = zip(*sorted(points), strict=True)
-            ours = method == "predicted"
-            axes.plot(shares, medians, marker="o", markersize=4, linewidth=2.4 if ours else 1.2, label=method)
+            colour, ours = f"C{names.index(method)}", method == names[0]
+            axes.plot(
+                shares, medians, "--" if ring else "-", color=colour, marker="o", markersize=4,
+                linewidth=2.4 if ours else 1.2, label=label,
+            )  # fmt: skip
             if ours:
-                axes.fill_between(shares, lows, medians, alpha=0.15)
-        if title in floors:
-            axes.axhline(floors[title], color="#888888", linestyle=":", label="bfloat16 rounding")
+                axes.fill_between(shares, lows, medians, color=colour, alpha=0.15)
         axes.set_xscale("log", base=2)
+        axes.set_xlim(1 / 40, 0.6)
         axes.set_xticks([1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2], ["1/32", "1/16", "1/8", "1/4", "1/2"])
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("share of an exact bfloat16 wire's bytes")
-        axes.set_ylabel("PSNR against the exact run, dB: median (shade: to 10th percentile)", fontsize=8)
+        axes.set_ylabel("PSNR against the exact run, dB")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
-    figure.savefig(path, dpi=120)
+        axes.legend(fontsize=6.5)
+    for axes in list(grid)[len(panels) :]:
+        axes.remove()
+    figure.suptitle("median of all pictures; shade: down to the 10th percentile", fontsize=9)
+    figure.savefig(path, dpi=110)
 
 
 def contact_sheet(exact: Tensor, columns: Mapping[str, Tensor], captions: Sequence[str], path: Path) -> None:

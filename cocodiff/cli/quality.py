@@ -30,7 +30,7 @@ def quality(
     import torch
 
     from cocodiff.bench import gallery
-    from cocodiff.bench.quality import TASKS, Prompts, collected, draw, run_unit, units
+    from cocodiff.bench.quality import TASKS, Prompts, collected, draw, run_unit, summary, units
     from cocodiff.bench.results import as_json, check_folder, write
     from cocodiff.bench.simulate import Hosts, Simulation
     from cocodiff.tiny import pictures
@@ -58,7 +58,7 @@ def quality(
     if of > 1:
         return
     results = collected(out)
-    write(out / "quality.json", as_json({"units": results}))
+    write(out / "quality.json", as_json({"units": [one["unit"] | summary(one) for one in results]}))
     write(out / "quality.md", gallery.table(results))
     print(gallery.table(results))
     gallery.plot(results, out / "quality.png")

@@ -59,7 +59,7 @@ def test_wrap_refuses_with_the_numbers():
         "choice": "'fast'",
         "unsupported": "FluxKontextPipeline",
         "not wrapped": "not wrapped",
-        "configs differ": "schedule: \"'sequential'\" on rank 0; \"'v_first'\" on ranks 1, 2",
+        "configs differ": "schedule: 'sequential' on rank 0; 'v_first' on ranks 1, 2",
         "weights differ": "weights",
         "again": "unwrap",
     }

@@ -117,7 +117,7 @@ def _measured_choices():
         times = {"flat": ((1, 2.0),), "staged": ((1, 2.0),)} | {faster: ((1, 1.0),)}
         cluster = dataclasses.replace(engine.mesh.cluster, measured=Measured(ranks, **times))
         axis = dataclasses.replace(engine.mesh.ulysses, cluster=cluster)
-        engine.mesh = dataclasses.replace(engine.mesh, ulysses=axis)
+        engine.mesh = dataclasses.replace(engine.mesh, cluster=cluster, ulysses=axis)
         names.append(engine.plan([Layout((4,) * 4, (2,) * 4)], 16, 4)[0].name)
     return names
 
