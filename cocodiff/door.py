@@ -106,7 +106,7 @@ class Door:
         if selection is not None and given.get("skip_layers") is not None:
             selection.pause()  # SD3's guidance by what few layers do: a call beside the branches, now and then
         elif selection is not None:
-            first = selection.forward(conditioning, (self, *counts.items(), batch))
+            first = selection.forward(conditioning, given["hidden_states"], (self, *counts.items(), batch))
         tokens = Tokens.split(counts, engine.mesh.sequence.size, engine.mesh.sequence.rank)
         for name, cut in family.cuts.items():
             if given.get(name) is not None:

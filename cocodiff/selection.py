@@ -11,11 +11,11 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from cocodiff.conditions import Remembered
 from cocodiff.errors import ConfigError
 from cocodiff.exchange import Exchange, Ring, SelectiveExchange, SelectiveRing, StagedExchange
 from cocodiff.exchange.coder import Coder, Parcel
@@ -78,8 +78,9 @@ class Selection:
         self._expected: Callable[[], Sequence[float]] | None = None
         self.branches = 1
         self._paused = False
-        self._conditions: list[Any] = []  # of each branch, and what decides the sizes of its messages
+        self._conditions: list[Remembered] = []  # of each branch, and what decides the sizes of its messages
         self._shapes: list[Hashable] = []
+        self._latents: Remembered | None = None  # of the last call that was of a new branch
         self._calls: Counter[int] = Counter()
         self._since: Counter[int] = Counter()  # the call with which a branch's schedule begins
         self._branch = 0
@@ -116,7 +117,7 @@ class Selection:
         if share > (budget := self.selective.budget_of(self.alone)[1]):
             what = "is exact" if share == 1 else f"may send {share:.3g} of the bytes instead of {budget:.3g}"
             self._say(f"runs of fewer than {SHORT_RUN} steps have little to predict from: one of {len(times)} {what}.")
-        self._conditions, self._shapes, self.rungs, self._held = [], [], 0, 0
+        self._conditions, self._shapes, self._latents, self.rungs, self._held = [], [], None, 0, 0
         for one in (self._calls, self._since, self.missed, self.guarded):
             one.clear()
         # Work of a call that failed may still be under way on a lane: it keeps the old ones.
@@ -165,12 +166,15 @@ class Selection:
         for lane in self.lanes:
             lane.close()
 
-    def forward(self, conditioning: Any, shape: Hashable) -> bool:
+    def forward(self, conditioning: Tensor, latents: Tensor, shape: Hashable) -> bool:
         """A forward begins: find out of which branch, by what it is conditioned on. Whether it is the first of a run.
 
-        Pipelines hand over the same object at every step. One that is new (a callback that changes the prompt) is of
-        the branch whose turn it is, and begins its schedule of bits anew. What this branch holds is then of no use, nor
-        is it for another `shape`: whatever decides the sizes of messages. All ranks forget it at once.
+        Values decide, which are the same on all ranks. Conditions that are new (a callback that changes the prompt)
+        are of the branch whose turn it is, and begin its schedule of bits anew. What this branch holds is then of no
+        use, nor is it for another `shape`: whatever decides the sizes of messages. All ranks forget it at once.
+
+        Args:
+            latents: branches whose conditions are equal are told apart by these: each sees them once.
         """
         self._paused, first = False, self._expected is not None
         if self._expected is not None:
@@ -178,19 +182,23 @@ class Selection:
             self._expected = None
         if not self.running:
             return False
-        known = next((number for number, one in enumerate(self._conditions) if one is conditioning), None)
-        if known is None and len(self._conditions) < self.branches:
+        turn = lambda number: self._calls[number]  # noqa: E731
+        same = [number for number, one in enumerate(self._conditions) if one.recognises(conditioning)]
+        room = len(self._conditions) < self.branches
+        if room and (not same or (self._latents is not None and self._latents.recognises(latents))):
             known = len(self._conditions)
-            self._conditions.append(conditioning)
+            self._conditions.append(Remembered(conditioning))
             self._shapes.append(shape)
-        elif known is None:
-            known = min(range(self.branches), key=lambda number: self._calls[number])
-            self._since[known] = self._calls[known]
+            self._latents = Remembered(latents) if known + 1 < self.branches else None
+        elif same:
+            known = min(same, key=turn)
+            if self._shapes[known] != shape:
+                self._forget(known)
+        else:
+            known = min(range(self.branches), key=turn)
+            self._conditions[known], self._since[known] = Remembered(conditioning), self._calls[known]
             self._forget(known)
-        elif self._shapes[known] != shape:
-            self._forget(known)
-        self._conditions[known], self._shapes[known] = conditioning, shape
-        self._branch = known
+        self._shapes[known], self._branch = shape, known
         self._calls[known] += 1
         return first
 
@@ -250,7 +258,9 @@ class Selection:
         """
         step = self._calls[self._branch] - 1
         norms = [x for key, several in self.missed.items() if key[0] == step for x in several]
-        missed, carried = torch.stack(norms).sum(0) if norms else torch.zeros(2, device=self._device)
+        missed, carried = (
+            torch.stack(norms).sum(0) if norms else torch.zeros(2, dtype=torch.float32, device=self._device)
+        )
         error = worst((missed / carried.clamp_min(1e-30)).sqrt())
         if error > bound:
             self.rungs = min(self.rungs + 1, len(LADDER) - 1)

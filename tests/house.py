@@ -20,6 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "cocodiff.tally",
         "cocodiff.patches",
         "cocodiff.refuse",
+        "cocodiff.conditions",
         "cocodiff.tiny",
     ),
     ("cocodiff.launch", "cocodiff.topology"),

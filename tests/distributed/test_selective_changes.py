@@ -54,10 +54,13 @@ MESHES = {"ulysses": dict(ring_degree=1), "ring": dict(ring_degree=2), "cfg": di
 
 @contextlib.contextmanager
 def _changes_go_unseen():
+    import torch
+
     from cocodiff.selection import Selection
 
     right = Selection.forward
-    Selection.forward = lambda selection, conditioning, shape: right(selection, None, None)
+    same = torch.zeros(1)
+    Selection.forward = lambda selection, conditioning, latents, shape: right(selection, same, same, None)
     yield
     Selection.forward = right
 
@@ -100,6 +103,52 @@ def test_nothing_is_predicted_from_what_is_held_for_something_else():
     assert missed["control"] > 3 * missed["right"], missed
     # Nine calls of half a batch are exact beside 24 of a whole one; a prompt that changes begins the schedule anew.
     assert beside < 0.25 and anew < 2.1 / 16, (beside, anew)
+
+
+def _other_objects():
+    """Ranks that have the same values in other objects; equal prompts in both branches; another default dtype."""
+    import torch
+
+    import cocodiff
+    from cocodiff import Selective
+    from cocodiff.account import CopiesDiffer
+    from cocodiff.conditions import Remembered
+
+    def drawn(selective, guided=False, default=torch.float32, **more):
+        pipe = cocodiff.wrap(_pipeline(), cluster=_cluster(2, 2), ring_degree=4, transmission=selective)
+        call = _call(STEPS, guided=guided)
+        if guided:
+            call["negative_prompt_embeds"] = call["prompt_embeds"]
+        torch.set_default_dtype(default)
+        try:
+            return pipe(**call, **more).images, pipe.cocodiff.report()
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    def anew(pipe, step, time, tensors):
+        return {"prompt_embeds": tensors["prompt_embeds"].clone()} if pipe.cocodiff.rank == 1 and step == 3 else {}
+
+    renewed = dict(callback_on_step_end=anew, callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"])
+    eight = Selective(budget=1 / 2, check=True)  # 8 bits at all steps: every message is as long as it was
+    once, again = drawn(eight)[0], drawn(eight, **renewed)[0]
+    _, report = drawn(Selective(budget=1 / 16), guided=True)
+    _, guarded = drawn(Selective(budget=1 / 16, max_error=0.05), default=torch.bfloat16)
+    right, told = Remembered.recognises, ""
+    Remembered.recognises = lambda self, x: x is self._object
+    try:
+        drawn(eight, **renewed)
+    except CopiesDiffer as error:
+        told = str(error)
+    Remembered.recognises = right
+    return torch.equal(once, again), shared(report), len(guarded["guard"]), "copies differ" in told
+
+
+def test_ranks_decide_by_values_not_by_objects():
+    everyone = run_ranks(4, _other_objects)
+    assert all(found == everyone[0] for found in everyone)
+    same, share, guarded, seen = everyone[0]
+    assert same and guarded == STEPS and seen
+    assert share <= 1 / 16, "each of two branches with equal prompts has its own copies and its own bits"
 
 
 def _where_coding_gains():
