@@ -76,7 +76,8 @@ def account(engine: Engine, before: tuple[Counter, Counter]) -> dict[str, Any]:
     }
     result["held_bytes"] = int(held)
     result["guard"] = [dict(zip(("step", "error", "rungs"), entry, strict=True)) for entry in selection.guarded]
-    result["residual_error"] = _errors(engine)
+    result["residual_error"] = errors = _errors(engine)
+    selection.judge(errors["steps"])
     return result
 
 

@@ -29,11 +29,11 @@ from cocodiff.exchange.layout import outer_difference
 from cocodiff.lanes import Lane, make_lane
 from cocodiff.memory import free_bytes, held_bytes
 from cocodiff.mesh import Axis, Mesh
-from cocodiff.selection import Selection, slow_level
+from cocodiff.selection import Selection
 from cocodiff.tally import Tally
 from cocodiff.timeline import COMPUTE, Timeline
 from cocodiff.tokens import Tokens
-from cocodiff.transmission import Selective
+from cocodiff.transmission import Selective, slow_level
 
 
 class Engine:

@@ -14,6 +14,7 @@ Legend: R rows, W width.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass
 
@@ -23,9 +24,9 @@ from torch import Tensor
 # With one bit a residual is mostly noise, which a full step onwards would amplify: MEASURED, 1.0 gains nothing over 0.9
 # (docs/selective.md), and it is near instability (a trial lost 3 dB there).
 DAMPING = {8: 1.0, 4: 1.0, 2: 1.0, 1: 0.90625}
-# Of the time over which velocities were found. ASSUMED; a schedule's steps are at most twice as long as the one before,
-# and a budget of 1/32 leaves out six of 28.
-FARTHEST = 8.0
+# Steps: a change over less is taken as one over so much. Schedules begin with 0.06 at the least (Wan, shift 12); over a
+# moment only noise changes, which a whole step onwards would be that much larger.
+SHORTEST = 0.125
 COPY_DTYPE = torch.bfloat16
 COPY_BYTES = 2 * COPY_DTYPE.itemsize  # of an element: value and velocity
 
@@ -40,7 +41,6 @@ class Held:
 
     Attributes:
         routes: rows of each block, and the ranks from and to which they go.
-        passed: time between the last two exchanges, over which velocities were found.
         reference: what the paper's rule compares with: the sender's own last values.
     """
 
@@ -48,7 +48,6 @@ class Held:
     velocity: Tensor
     time: float
     routes: tuple[tuple[int, Route], ...]
-    passed: float = 0.0
     reference: Tensor | None = None
 
     @classmethod
@@ -60,31 +59,24 @@ class Held:
     def predict(self, rows: Rows, time: float, damping: float) -> tuple[Tensor, Tensor]:
         """Some rows as they are held, and as they are predicted, float32.
 
-        A second exchange at one time starts from what the first gave. What was found over a short time says little of
-        a long one: its noise would grow with it.
+        A second exchange at one time starts from what the first gave.
         """
-        farthest = FARTHEST * abs(self.passed)
-        passed = min(max(time - self.time, -farthest), farthest)
-        value, ahead = self.value[rows].float(), _short(damping * passed)
+        value, ahead = self.value[rows].float(), _short(damping * (time - self.time))
         return value, torch.add(value, self.velocity[rows].float(), alpha=ahead)
 
     def update(self, rows: Rows, new: Tensor, before: Tensor, time: float) -> None:
         """Take decoded rows, float32.
 
         Other rows stay, and so does their velocity: where they are headed is still the best guess for the next time
-        they are sent. Whoever has taken all calls `arrive`.
+        they are sent. Whoever has taken all sets `time`.
 
         Args:
             before: these rows as `predict` gave them as held.
         """
         if passed := time - self.time:
+            passed = math.copysign(max(abs(passed), SHORTEST), passed)
             self.velocity[rows] = (new - before).mul_(1 / passed).to(COPY_DTYPE)
         self.value[rows] = new.to(COPY_DTYPE)
-
-    def arrive(self, time: float) -> None:
-        """All that was sent at this time is taken."""
-        if passed := time - self.time:
-            self.time, self.passed = time, passed
 
 
 def _short(number: float) -> float:
@@ -109,13 +101,10 @@ class Copies:
     def put(self, key: tuple[Hashable, ...], held: Held) -> None:
         self._held[key] = held
 
-    def clear(self) -> None:
-        self._held.clear()
-
     @property
     def held_bytes(self) -> int:
         """Memory of all copies."""
-        tensors = [x for held in self._held.values() for x in (held.value, held.velocity, held.reference)]
+        tensors = [x for held in list(self._held.values()) for x in (held.value, held.velocity, held.reference)]
         return sum(x.numel() * x.itemsize for x in tensors if x is not None)
 
     def digests(self, end: str) -> dict[str, str]:

@@ -11,6 +11,7 @@ from functools import lru_cache
 
 from cocodiff.errors import ConfigError
 from cocodiff.kernels.codes import payload_bytes
+from cocodiff.topology import Cluster
 
 RAW = 0  # bits of a row that travels as it is
 
@@ -186,6 +187,25 @@ PRESETS = {
     "balanced": Selective(budget=1 / 8),
     "fast": Selective(budget=1 / 16, budget_ring=1 / 32),
 }
+
+
+def slow_level(selective: Selective, cluster: Cluster, crossed: int) -> int | None:
+    """The innermost level where it applies; None where the outermost level that is crossed lies inside it.
+
+    Raises:
+        ConfigError: there is no level of that name.
+    """
+    names = [level.name for level in cluster.levels]
+    if selective.level is not None and selective.level not in names:
+        raise ConfigError(f"level={selective.level!r}: cluster {cluster.name!r} has the levels {', '.join(names)}.")
+    chosen = cluster.slow if selective.level is None else [name == selective.level for name in names]
+    slow = next((level for level, yes in enumerate(chosen) if yes), len(names))
+    return slow if crossed >= slow else None
+
+
+def is_told(selective: Selective, cluster: Cluster, slow: int) -> bool:
+    """Whether the user names the level, or the cluster calls it slow: it is taken at its word, whatever figures say."""
+    return selective.level is not None or cluster.levels[slow].slow is True
 
 
 @lru_cache(maxsize=256)

@@ -21,9 +21,8 @@ from cocodiff.mesh import Degrees, Mesh, choose_degrees, outermost
 from cocodiff.models import Family, family_of
 from cocodiff.patches import Patches
 from cocodiff.refuse import refuse_modifications
-from cocodiff.selection import is_told, slow_level
 from cocodiff.topology import Cluster, load_cluster
-from cocodiff.transmission import Selective
+from cocodiff.transmission import Selective, is_told, slow_level
 
 _log = logging.getLogger(__name__)
 

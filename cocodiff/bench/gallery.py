@@ -52,22 +52,23 @@ def plot(results: Sequence[Mapping[str, Any]], path: Path) -> None:
         points.append((row["share"], row["median"], row["p10"]))
     columns = min(len(panels), 2)
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(6.2 * columns, 4.6 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False).flat
-    names = list(METHODS)
+    figure = Figure(figsize=(6.2 * columns, 4.4 * rows + 0.8), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=True).flat
+    names, handles = list(METHODS), {}
     for axes, (title, lines) in zip(grid, panels.items(), strict=False):
         for (method, ring), points in lines.items():
-            label = f"{method}, {'K and V' if ring else 'Q, K, V, O'}"
+            style = "--" if ring else "-"
             if method == ROUNDING:
-                style = "--" if ring else ":"
-                axes.axhline(points[0][1], color="#888888", linestyle=style, linewidth=1, label=label)
+                line = axes.axhline(points[0][1], color="#888888", linestyle=style, linewidth=1)
+                handles[f"{method}{', K and V' if ring else ''}"] = line
                 continue
             shares, medians, lows = zip(*sorted(points), strict=True)
             colour, ours = f"C{names.index(method)}", method == names[0]
-            axes.plot(
-                shares, medians, "--" if ring else "-", color=colour, marker="o", markersize=4,
-                linewidth=2.4 if ours else 1.2, label=label,
+            (line,) = axes.plot(
+                shares, medians, style, color=colour, marker="o", markersize=5 if ring else 4,
+                markerfacecolor="white" if ring else colour, linewidth=2.4 if ours else 1.2,
             )  # fmt: skip
+            handles[f"{method}{', K and V' if ring else ''}"] = line
             if ours:
                 axes.fill_between(shares, lows, medians, color=colour, alpha=0.15)
         axes.set_xscale("log", base=2)
@@ -77,10 +78,14 @@ def plot(results: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.set_xlabel("share of an exact bfloat16 wire's bytes")
         axes.set_ylabel("PSNR against the exact run, dB")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=6.5)
     for axes in list(grid)[len(panels) :]:
         axes.remove()
     figure.suptitle("median of all pictures; shade: down to the 10th percentile", fontsize=9)
+    handles = dict(sorted(handles.items(), key=lambda one: "K and V" in one[0]))
+    figure.legend(
+        handles.values(), handles, loc="outside lower center", ncols=6, fontsize=8,
+        title="solid: Q, K, V and O cross; dashed, hollow: K and V alone", title_fontsize=8,
+    )  # fmt: skip
     figure.savefig(path, dpi=110)
 
 

@@ -259,7 +259,7 @@ def _take(parcel: Parcel, held: Held | None, rows: Rows, new: Tensor, before: Te
 def _moved(parcel: Parcel, held: Held | None) -> None:
     """All that travelled was taken; where nothing did, what is held ages."""
     if held is not None and parcel.coding.share:
-        held.arrive(parcel.time)
+        held.time = parcel.time
 
 
 def _some_at_a_time(x: Tensor) -> list[slice]:

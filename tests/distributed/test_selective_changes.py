@@ -143,6 +143,35 @@ def _other_objects():
     return torch.equal(once, again), shared(report), len(guarded["guard"]), "copies differ" in told
 
 
+def _noisy():
+    """Whether rank 0 warns, once, where a scheduler adds noise at each step; and where none does."""
+    import diffusers
+
+    import cocodiff
+    from cocodiff.tiny import tiny_pipeline
+
+    records = []
+    logging.getLogger("cocodiff").addHandler(handler := logging.Handler())
+    handler.emit = lambda record: records.append(record.getMessage())
+    warned = []
+    for stochastic in (False, True):
+        records.clear()
+        pipe = tiny_pipeline()
+        pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(
+            pipe.scheduler.config, stochastic_sampling=stochastic
+        )
+        cocodiff.wrap(pipe, cluster=_cluster(1, 2), transmission=cocodiff.Selective(budget=1 / 32))
+        for _ in range(2):
+            pipe("a red circle above a blue square on a white background", num_inference_steps=20, output_type="latent")
+        warned.append(sum("may differ visibly" in text for text in records))
+        cocodiff.unwrap(pipe)
+    return warned
+
+
+def test_much_that_was_missed_is_said():
+    assert run_ranks(2, _noisy) == [[0, 1], [0, 0]]
+
+
 def test_ranks_decide_by_values_not_by_objects():
     everyone = run_ranks(4, _other_objects)
     assert all(found == everyone[0] for found in everyone)
