@@ -222,6 +222,7 @@ class Mesh:
                     one = dist.new_group(list(ranks), backend=backend)  # never shared: it is another lane's
                     if me in ranks:
                         levels[level] = one
+        dist.barrier(group=host_group)  # who frees groups while another still connects to them breaks that one
         return cls(degrees, cluster, **axes, level_groups=levels, host_group=host_group, backend=backend)
 
     def close(self) -> None:

@@ -162,7 +162,7 @@ def test_real_ranks_draw_what_the_simulation_draws(ring):
         assert share == pytest.approx(0.5, rel=1e-3)
         # Sums are rounded in another order, and that decides a code here and there: MEASURED in the simulation alone,
         # a change of 1e-6 of the noise grows to most of what is missed in 24 steps. So the first steps must agree ...
-        assert difference[0] < simulated[0] / 100 and difference[2] < simulated[2] / 4, (difference, simulated)
+        assert difference[0] < simulated[0] / 10 and difference[2] < simulated[2] / 4, (difference, simulated)
         assert 0.7 < real[-1] / simulated[-1] < 1.4, (real, simulated)  # ... and what is missed in the end
 
 
