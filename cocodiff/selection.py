@@ -173,7 +173,7 @@ class Selection:
             self._expected = None
         if not self.running:
             return False
-        turn = lambda number: self._calls[number]  # noqa: E731
+        turn = self._calls.__getitem__
         same = [number for number, one in enumerate(self._conditions) if one.recognises(conditioning)]
         room = len(self._conditions) < self.branches
         if room and (not same or (self._latents is not None and self._latents.recognises(latents))):
