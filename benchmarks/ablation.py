@@ -25,11 +25,11 @@ from cocodiff.bench.models import build_transformer
 from cocodiff.bench.run import _time
 from cocodiff.bench.shapes import named_shape
 from cocodiff.blocks import Blocks
-from cocodiff.engine import Engine
 from cocodiff.exchange.flat import AllToAll
-from cocodiff.flight import Flight
 from cocodiff.launch.job import start_job
+from cocodiff.layer import Flight
 from cocodiff.models.joint import ParallelLayer
+from cocodiff.state import Engine
 
 
 def k_and_v_together(flight: Flight, piece: int, inputs: Any) -> None:

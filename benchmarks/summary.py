@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from cocodiff.exchange.layout import axis_sizes
-from cocodiff.mesh import choose_degrees, outward_bytes
+from cocodiff.parallel.layout import axis_sizes
+from cocodiff.parallel.mesh import choose_degrees, outward_bytes
 from cocodiff.topology import Cluster, Level
 
 RESULTS = Path(__file__).parent / "results"

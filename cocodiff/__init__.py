@@ -8,9 +8,9 @@ neither diffusers nor a process group is touched before `wrap` is called.
 
 from cocodiff.config import Config
 from cocodiff.errors import CocodiffError
+from cocodiff.selective.schedule import Selective
 from cocodiff.tiny import tiny_pipeline
 from cocodiff.topology import Cluster, Level
-from cocodiff.transmission import Selective
 from cocodiff.wrap import unwrap, wrap
 
 __version__ = "0.1.0"

@@ -24,9 +24,9 @@ from typing import Any
 
 from torch import Tensor
 
-from cocodiff.engine import Engine
 from cocodiff.exchange import Pending, to_heads, to_sequence
-from cocodiff.flight import Flight, Layer
+from cocodiff.layer import Flight, Layer
+from cocodiff.state import Engine
 
 
 def attention(flight: Flight, ahead: Flight | None) -> list[Any]:

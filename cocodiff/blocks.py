@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from cocodiff.attention import attention, sequential
-from cocodiff.engine import Engine
-from cocodiff.flight import Flight, Layer
-from cocodiff.patches import Patches
-from cocodiff.tokens import Tokens
+from cocodiff.compat import Patches
+from cocodiff.layer import Flight, Layer
+from cocodiff.parallel.tokens import Tokens
+from cocodiff.state import Engine
 
 HOOKS = ("_hf_hook", "_diffusers_hook")  # they run when a block is called (offloading): nothing may go ahead of that
 

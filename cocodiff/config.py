@@ -6,8 +6,8 @@ import os
 from dataclasses import dataclass, fields
 
 from cocodiff.errors import ConfigError
+from cocodiff.selective.schedule import Selective
 from cocodiff.topology import Cluster
-from cocodiff.transmission import Selective
 
 CHOICES = {"exchange": ("auto", "flat", "staged"), "schedule": ("v_first", "sequential")}
 DEGREES = ("cfg_degree", "ring_degree", "ulysses_degree")
@@ -27,7 +27,7 @@ class Config:
         cfg_degree: 2 puts the conditional and the unconditional branch on two halves of the ranks. None means 1.
         ring_degree: parts of the sequence whose keys and values travel, while queries and outputs stay.
         ulysses_degree: ranks that share a part, each with some of the heads. What is left out follows the rule of
-            `cocodiff.mesh.choose_degrees`; the three multiply to the number of ranks.
+            `cocodiff.parallel.mesh.choose_degrees`; the three multiply to the number of ranks.
         transmission: what crosses slow links: `"exact"`, or `"high"`, `"balanced"`, `"fast"` (1/4, 1/8 and 1/16 of the
             bytes; 1/32 where keys and values alone cross), or a `cocodiff.Selective`. Fast links stay exact.
 

@@ -9,20 +9,19 @@ from typing import Any
 
 import torch
 
-from cocodiff.attachment import Attachment, subclass, weights
+from cocodiff.compat import Patches, refuse_modifications
 from cocodiff.config import DEGREES, Config
-from cocodiff.costs import layer_costs
-from cocodiff.door import Door
-from cocodiff.engine import Engine
 from cocodiff.errors import ConfigError, PatchError
 from cocodiff.launch.agree import agree
 from cocodiff.launch.job import Job, start_job
-from cocodiff.mesh import Degrees, Mesh, choose_degrees, outermost
 from cocodiff.models import Family, family_of
-from cocodiff.patches import Patches
-from cocodiff.refuse import refuse_modifications
+from cocodiff.parallel.mesh import Degrees, Mesh, choose_degrees, outermost
+from cocodiff.pipeline.call import Attachment, subclass, weights
+from cocodiff.pipeline.forward import Door
+from cocodiff.plan import layer_costs
+from cocodiff.selective.schedule import Selective, is_told, slow_level
+from cocodiff.state import Engine
 from cocodiff.topology import Cluster, load_cluster
-from cocodiff.transmission import Selective, is_told, slow_level
 
 _log = logging.getLogger(__name__)
 

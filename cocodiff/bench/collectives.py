@@ -18,14 +18,14 @@ import torch.distributed as dist
 from cocodiff.bench.methods import synchronize
 from cocodiff.bench.run import environment
 from cocodiff.config import Config
-from cocodiff.engine import Engine
 from cocodiff.errors import ConfigError
 from cocodiff.exchange import Exchange
 from cocodiff.exchange.flat import AllToAll
-from cocodiff.exchange.layout import Traffic
 from cocodiff.launch.agree import gather_json
 from cocodiff.launch.job import Job
-from cocodiff.mesh import Degrees, Mesh
+from cocodiff.parallel.layout import Traffic
+from cocodiff.parallel.mesh import Degrees, Mesh
+from cocodiff.state import Engine
 from cocodiff.topology import Cluster, Measured, load_cluster
 
 SCHEMA = "cocodiff-collectives/1"

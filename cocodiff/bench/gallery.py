@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cocodiff.bench.quality import ROUNDING, summary
 from cocodiff.errors import ConfigError
-from cocodiff.transmission import METHODS
+from cocodiff.selective.schedule import METHODS
 
 TILE, TOP, LEFT = 128, 34, 6  # px
 DIFFERENCE = 8

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from cocodiff.engine import Engine
 from cocodiff.exchange.flat import AllToAll
 from cocodiff.launch.agree import gather_json
+from cocodiff.state import Engine
 
 GOODPUT_BYTES = 1_000_000, 16_000_000  # least and most through one link: what it carries in GOODPUT_SECONDS
 GOODPUT_SECONDS = 5.0

@@ -17,15 +17,15 @@ from torch import Tensor
 from cocodiff.bench.models import build_inputs
 from cocodiff.bench.shapes import Shape
 from cocodiff.config import Config
-from cocodiff.engine import Engine
 from cocodiff.errors import ConfigError
 from cocodiff.exchange import Exchange
-from cocodiff.exchange.layout import Traffic
-from cocodiff.lanes import Lane, Ticket
+from cocodiff.exchange.lanes import Lane, Ticket
 from cocodiff.launch.job import Job
 from cocodiff.models import FAMILIES, Family
+from cocodiff.parallel.layout import Traffic
+from cocodiff.selective.schedule import Selective
+from cocodiff.state import Engine
 from cocodiff.topology import load_cluster
-from cocodiff.transmission import Selective
 from cocodiff.wrap import make_door
 
 RUN = 20  # steps of a run: as many as it takes not to be a short one

@@ -20,10 +20,10 @@ from torch import Tensor
 from cocodiff.bench.simulate import Hosts, Played, Rounding, Simulation
 from cocodiff.errors import ConfigError
 from cocodiff.quality import psnr, relative_error, ssim
+from cocodiff.selective.schedule import METHODS, Selective
 from cocodiff.tiny import pictures, tiny_pipeline
 from cocodiff.tiny.check import check_picture
 from cocodiff.tiny.models import TEXT_TOKENS
-from cocodiff.transmission import METHODS, Selective
 
 SCHEMA = "cocodiff-quality/1"
 BATCH = 16

@@ -23,7 +23,7 @@ from cocodiff.bench.shapes import Shape
 from cocodiff.errors import ConfigError
 from cocodiff.launch.agree import gather_json
 from cocodiff.launch.job import Job
-from cocodiff.report import write_trace
+from cocodiff.observe.trace import write_trace
 
 SCHEMA = "cocodiff-bench/1"
 COMPUTE = "compute"

@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from cocodiff.exchange.coder import Coder, Parcel
-from cocodiff.exchange.selective import ENDS
-from cocodiff.similarity import Copies, Route
-from cocodiff.tokens import Tokens
-from cocodiff.transmission import RAW, Selective
+from cocodiff.parallel.tokens import Tokens
+from cocodiff.selective.copies import Copies, Route
+from cocodiff.selective.exchange import ENDS
+from cocodiff.selective.residual import Coder, Parcel
+from cocodiff.selective.schedule import RAW, Selective
 
 Crossing = Callable[[int, str, Tensor, tuple[int, ...], tuple[Route, ...]], Tensor]
 

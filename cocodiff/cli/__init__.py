@@ -40,7 +40,7 @@ def main() -> None:
 @app.command()
 def doctor(json: Annotated[bool, typer.Option("--json", help="Machine readable.")] = False) -> None:
     """Say what is installed, what was detected, and why. Under a launcher, for the whole run."""
-    from cocodiff.doctor import diagnose, render
+    from cocodiff.cli.doctor import diagnose, render
 
     findings, is_main = diagnose()
     if is_main:

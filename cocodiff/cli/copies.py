@@ -20,8 +20,8 @@ def copies(
 ) -> None:
     """The held copies of each shape: GB on the rank that holds most. Nothing is run."""
     from cocodiff.bench.shapes import named_shape
-    from cocodiff.memory import held_bytes
-    from cocodiff.mesh import choose_degrees
+    from cocodiff.parallel.mesh import choose_degrees
+    from cocodiff.selective.memory import held_bytes
     from cocodiff.topology import load_cluster
 
     print("| model | ranks | mesh | held copies, GB a rank | weights in bfloat16, GB |\n|---|---|---|---|---|")

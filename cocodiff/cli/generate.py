@@ -53,7 +53,7 @@ def generate(
     from cocodiff.cli import files
     from cocodiff.config import Config
     from cocodiff.launch.job import start_job
-    from cocodiff.report import write_trace
+    from cocodiff.observe.trace import write_trace
     from cocodiff.wrap import attach
 
     config = Config(  # what is wrong with it is said once, by one process

@@ -33,8 +33,8 @@ def quality(
     from cocodiff.bench.quality import TASKS, Prompts, collected, draw, run_unit, summary, units
     from cocodiff.bench.results import as_json, check_folder, write
     from cocodiff.bench.simulate import Hosts, Simulation
+    from cocodiff.selective.schedule import PRESETS, Selective
     from cocodiff.tiny import pictures
-    from cocodiff.transmission import PRESETS, Selective
 
     names = tasks.split(",")
     if unknown := [name for name in names if name not in TASKS]:

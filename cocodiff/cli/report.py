@@ -28,7 +28,7 @@ def trace(
     title: Annotated[str, typer.Option(help="Of the picture.")] = "one step",
 ) -> None:
     """Merge the ranks of a trace and say what was exposed, what was hidden, and who was waited for."""
-    from cocodiff import report as reports
+    from cocodiff.observe import trace as reports
 
     events = reports.read_traces(folder)
     merged = out or folder / "merged.json"

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cocodiff.exchange.layout import Traffic, sent_flat
-from cocodiff.lanes import Lane, Ticket
-from cocodiff.tally import Tally
+from cocodiff.exchange.lanes import Lane, Ticket
+from cocodiff.observe.bytes import Tally
+from cocodiff.parallel.layout import Traffic, sent_flat
 
 
 class FlatExchange:

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 
 from cocodiff.exchange.flat import AllToAll
-from cocodiff.exchange.layout import outer_difference
-from cocodiff.lanes import Lane, Ticket
-from cocodiff.tally import Tally
+from cocodiff.exchange.lanes import Lane, Ticket
+from cocodiff.observe.bytes import Tally
+from cocodiff.parallel.layout import outer_difference
 
 
 class Ring:

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cocodiff.exchange.flat import AllToAll
-from cocodiff.exchange.layout import Stage, Traffic, digits, staged_order, staged_plan
-from cocodiff.lanes import Lane, Ticket
-from cocodiff.tally import Tally
+from cocodiff.exchange.lanes import Lane, Ticket
+from cocodiff.observe.bytes import Tally
+from cocodiff.parallel.layout import Stage, Traffic, digits, staged_order, staged_plan
 
 
 class StagedExchange:

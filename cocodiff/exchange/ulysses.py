@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cocodiff.exchange.layout import Layout, Traffic, to_heads_traffic, to_sequence_traffic
+from cocodiff.exchange.lanes import Lane, Ticket
 from cocodiff.kernels import pack_heads, pack_rows, unpack_heads, unpack_rows
-from cocodiff.lanes import Lane, Ticket
+from cocodiff.parallel.layout import Layout, Traffic, to_heads_traffic, to_sequence_traffic
 
 
 class Exchange(Protocol):

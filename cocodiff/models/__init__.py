@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from cocodiff.errors import ConfigError
 from cocodiff.models.family import Family
-from cocodiff.models.flux import FLUX
-from cocodiff.models.flux2 import FLUX2
-from cocodiff.models.qwen import QWEN
-from cocodiff.models.sd3 import SD3
-from cocodiff.models.wan import WAN
+from cocodiff.models.flux.family import FLUX
+from cocodiff.models.flux2.family import FLUX2
+from cocodiff.models.qwen.family import QWEN
+from cocodiff.models.sd3.family import SD3
+from cocodiff.models.wan.family import WAN
 
 __all__ = ["FAMILIES", "Family", "family_of"]
 

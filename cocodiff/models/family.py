@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from cocodiff.engine import Engine
-from cocodiff.patches import Patches
+from cocodiff.compat import Patches
+from cocodiff.state import Engine
 
 
 @dataclass(frozen=True)

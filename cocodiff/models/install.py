@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from cocodiff.blocks import Blocks
+from cocodiff.compat import Patches
 from cocodiff.errors import ConfigError, PatchError
-from cocodiff.flight import Layer
-from cocodiff.patches import Patches
+from cocodiff.layer import Layer
 
 
 class BlockProcessor:

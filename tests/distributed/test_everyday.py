@@ -175,8 +175,8 @@ def test_pipelines_that_share_a_transformer_and_the_class_form():
 
 def _controlled():
     import cocodiff
-    from cocodiff import costs
-    from cocodiff.flight import Flight
+    from cocodiff import plan as costs
+    from cocodiff.layer import Flight
 
     costs.ROWS_PER_PIECE = 2
     pipe, call = controlnet_pipeline(), flux_call("text2image")

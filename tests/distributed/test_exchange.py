@@ -21,8 +21,8 @@ def _engine(sizes, exchange="auto", schedule="v_first"):
     import torch.distributed as dist
 
     from cocodiff.config import Config
-    from cocodiff.engine import Engine
-    from cocodiff.mesh import Degrees, Mesh
+    from cocodiff.parallel.mesh import Degrees, Mesh
+    from cocodiff.state import Engine
     from cocodiff.topology import Cluster, Level
 
     if not dist.is_initialized():
@@ -35,7 +35,7 @@ def _engine(sizes, exchange="auto", schedule="v_first"):
 
 def _check_exchanges(all_sizes):
     from cocodiff.exchange import Layout, split_sizes, to_heads, to_sequence
-    from cocodiff.tokens import Tokens
+    from cocodiff.parallel.tokens import Tokens
 
     # What a collective forgets to write must not look right: fresh memory is filled with NaN.
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -38,7 +38,7 @@ def expected():
 
 def _errors(ranks, expected):
     import cocodiff
-    from cocodiff import costs
+    from cocodiff import plan as costs
 
     costs.ROWS_PER_PIECE = 2  # up to four pieces also of small pictures
     variants = itertools.cycle(itertools.product(clusters(ranks), ("flat", "staged")))
@@ -110,9 +110,9 @@ def test_control_a_broken_exchange_is_seen_in_every_family(expected):
 
 def _broken_part(name, expected):
     import cocodiff
-    from cocodiff import door
-    from cocodiff.models import sd3
-    from cocodiff.tokens import Tokens
+    from cocodiff.models.sd3 import family as sd3
+    from cocodiff.parallel.tokens import Tokens
+    from cocodiff.pipeline import forward as door
 
     pipe = cocodiff.wrap(family_pipeline(name))
     if name == "qwen text2image":  # the mask does not follow the order of the exchange

@@ -49,7 +49,7 @@ def _degrees(cfg, ring, ulysses):
 
 def _errors(ranks, expected):
     import cocodiff
-    from cocodiff import costs
+    from cocodiff import plan as costs
 
     costs.ROWS_PER_PIECE = 2
     variants = itertools.cycle(itertools.product(clusters(ranks), ("flat", "staged")))
@@ -141,9 +141,9 @@ BROKEN = ("a part is dropped", "parts are averaged", "the mask of other parts is
 
 def _broken(what, expected):
     import cocodiff
-    from cocodiff import flight
-    from cocodiff.engine import Engine
-    from cocodiff.flight import Flight
+    from cocodiff import layer as flight
+    from cocodiff.layer import Flight
+    from cocodiff.state import Engine
 
     errors = {}
     if what == "a part is dropped":
@@ -174,9 +174,9 @@ def _guidance(caplog=None):
     import dataclasses
 
     import cocodiff
-    from cocodiff import attachment
     from cocodiff.errors import MismatchError, PatchError
     from cocodiff.models import family_of
+    from cocodiff.pipeline import call as attachment
 
     heard = []
     handler = logging.Handler()

@@ -64,7 +64,7 @@ class Gates:
 def _record(schedule):
     """The marks of one forward of a transformer of two single blocks, on this rank."""
     import cocodiff
-    from cocodiff import costs as settings
+    from cocodiff import plan as settings
 
     settings.ROWS_PER_PIECE = 16  # two pieces of the sixteen rows
     level = cocodiff.Level("slow", 2, 1e-6, 1e-6)  # slow, but messages cost nothing to start: rows are cut
@@ -113,7 +113,7 @@ def test_sequential_does_not():
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_lane_keeps_order_and_delivers_errors(fails):
-    from cocodiff.lanes import ThreadLane
+    from cocodiff.exchange.lanes import ThreadLane
 
     lane, seen = ThreadLane("lane"), []
 

@@ -33,7 +33,7 @@ def expected():
 
 def _errors(ranks, expected):
     import cocodiff
-    from cocodiff import costs
+    from cocodiff import plan as costs
 
     costs.ROWS_PER_PIECE = 2  # up to four pieces also of small pictures
     errors = {}

@@ -55,7 +55,7 @@ def shared(report, level=None):
 
 def _held_bytes(pipe, name):
     """Of the rank that holds most, computed."""
-    from cocodiff.memory import held_bytes
+    from cocodiff.selective.memory import held_bytes
 
     mesh, call = pipe.cocodiff.mesh, CALLS[name]
     streams = {"text": call.get("text_len", 7), "image": 9 * 7}
@@ -70,7 +70,8 @@ def _held_bytes(pipe, name):
 def _held(ranks, expected):
     """`check` compares the copies of both ends on all ranks after each call."""
     import cocodiff
-    from cocodiff import Selective, costs
+    from cocodiff import Selective
+    from cocodiff import plan as costs
 
     costs.ROWS_PER_PIECE = 16
     found = {}

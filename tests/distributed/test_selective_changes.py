@@ -56,7 +56,7 @@ MESHES = {"ulysses": dict(ring_degree=1), "ring": dict(ring_degree=2), "cfg": di
 def _changes_go_unseen():
     import torch
 
-    from cocodiff.selection import Selection
+    from cocodiff.selective.run import Selection
 
     right = Selection.forward
     same = torch.zeros(1)
@@ -111,8 +111,8 @@ def _other_objects():
 
     import cocodiff
     from cocodiff import Selective
-    from cocodiff.account import CopiesDiffer
-    from cocodiff.conditions import Remembered
+    from cocodiff.pipeline.call_report import CopiesDiffer
+    from cocodiff.selective.branches import Remembered
 
     def drawn(selective, guided=False, default=torch.float32, **more):
         pipe = cocodiff.wrap(_pipeline(), cluster=_cluster(2, 2), ring_degree=4, transmission=selective)

@@ -23,7 +23,7 @@ def _said(error, action):
 @contextlib.contextmanager
 def _missed_update(rank):
     """One receiver forgets to take what it got, once."""
-    from cocodiff.similarity import Held
+    from cocodiff.selective.copies import Held
 
     right, count = Held.update, [0]
 
@@ -40,7 +40,7 @@ def _missed_update(rank):
 @contextlib.contextmanager
 def _wrong_index(rank):
     """One receiver puts rows where they do not belong."""
-    from cocodiff.exchange.coder import Coder
+    from cocodiff.selective.residual import Coder
 
     right = Coder._told
 
@@ -58,7 +58,7 @@ def _checks():
 
     import cocodiff
     from cocodiff import Selective
-    from cocodiff.account import CopiesDiffer
+    from cocodiff.pipeline.call_report import CopiesDiffer
 
     found, cluster = {}, _cluster(2, 2)
     exact = _pipeline()(**_call(24)).images
@@ -114,8 +114,8 @@ def test_both_ends_are_compared_and_errors_are_bounded():
 
 def _simulated(ring):
     from cocodiff.bench.simulate import Hosts, Simulation
+    from cocodiff.selective.schedule import Selective
     from cocodiff.tiny import tiny_pipeline
-    from cocodiff.transmission import Selective
 
     pipe = tiny_pipeline()
     simulation = Simulation(Selective(budget=1 / 16), Hosts(ring=ring), {"text": 16, "image": 256}, 24)
@@ -184,7 +184,8 @@ def _edges():
     import torch
 
     import cocodiff
-    from cocodiff import Selective, costs
+    from cocodiff import Selective
+    from cocodiff import plan as costs
     from cocodiff.errors import ConfigError, MismatchError
 
     rank, said, records = int(os.environ["RANK"]), {}, []

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cocodiff.lanes import StreamLane
+from cocodiff.exchange.lanes import StreamLane
 
 DEVICE = torch.device("cpu")
 

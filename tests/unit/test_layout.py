@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cocodiff.errors import ConfigError
-from cocodiff.exchange.layout import (
+from cocodiff.kernels import pack_heads, pack_rows, unpack_heads, unpack_rows
+from cocodiff.parallel.layout import (
     Layout,
     digits,
     level_groups,
@@ -18,8 +19,7 @@ from cocodiff.exchange.layout import (
     to_heads_traffic,
     to_sequence_traffic,
 )
-from cocodiff.kernels import pack_heads, pack_rows, unpack_heads, unpack_rows
-from cocodiff.tokens import Tokens
+from cocodiff.parallel.tokens import Tokens
 
 LEVELS = st.lists(st.integers(1, 4), min_size=1, max_size=4).filter(lambda sizes: math.prod(sizes) <= 24)
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from cocodiff.errors import ConfigError
-from cocodiff.exchange.layout import axis_sizes, outer_difference
 from cocodiff.kernels import attend_partial, attend_partial_reference, merge_partial
-from cocodiff.mesh import choose_degrees, outward_bytes
+from cocodiff.parallel.layout import axis_sizes, outer_difference
+from cocodiff.parallel.mesh import choose_degrees, outward_bytes
 from cocodiff.topology import Cluster, Level
 
 

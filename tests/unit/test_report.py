@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cocodiff import report
 from cocodiff.errors import ConfigError
-from cocodiff.timeline import Span, Timeline
+from cocodiff.observe import trace as report
+from cocodiff.observe.timeline import Span, Timeline
 
 
 def _spans(wait):

@@ -2,7 +2,7 @@
 
 import torch
 
-from cocodiff.similarity import Copies, Held
+from cocodiff.selective.copies import Copies, Held
 
 ALL = slice(None)
 

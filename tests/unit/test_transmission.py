@@ -3,7 +3,7 @@
 import pytest
 
 from cocodiff.errors import ConfigError
-from cocodiff.transmission import LADDER, METHODS, PRESETS, RAW, Coding, Selective
+from cocodiff.selective.schedule import LADDER, METHODS, PRESETS, RAW, Coding, Selective
 
 
 def _mean_bits(codings, width, itemsize, rows=4000):

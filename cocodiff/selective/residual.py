@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from cocodiff.kernels import codes
-from cocodiff.similarity import COPY_DTYPE, DAMPING, Copies, Held, Route, Rows
-from cocodiff.transmission import RAW, Coding
+from cocodiff.selective.copies import COPY_DTYPE, DAMPING, Copies, Held, Route, Rows
+from cocodiff.selective.schedule import RAW, Coding
 
 CACHED_ELEMENTS = 2**16  # MEASURED on a CPU: more at once take up to 1.6 times as long each, fewer cost more calls
 LARGEST_ROTATION = 64  # elements that are mixed: a row is cut into equal parts of at most so many
@@ -27,12 +27,12 @@ class Parcel:
     """Some blocks of one exchange, of rows of one width.
 
     Attributes:
-        key: of the copy, as of `cocodiff.similarity.Copies`.
+        key: of the copy, as of `cocodiff.selective.copies.Copies`.
         mask_key: under which the rows that were chosen for V are found for K and Q.
         label: "v", "k", "q" or "o".
         blocks: rows of each, and `routes` their ranks.
         coding: of this step.
-        step, time: of the run; `time` as in `cocodiff.similarity`.
+        step, time: of the run; `time` as in `cocodiff.selective.copies`.
     """
 
     key: tuple[Hashable, ...]

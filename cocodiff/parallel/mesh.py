@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from cocodiff.errors import ConfigError
-from cocodiff.exchange.layout import axis_sizes, digits, level_groups
+from cocodiff.parallel.layout import axis_sizes, digits, level_groups
 from cocodiff.topology import Cluster
 
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from cocodiff.attention import attended_whole
 from cocodiff.blocks import Blocks
-from cocodiff.engine import Engine
+from cocodiff.compat import Patches
 from cocodiff.models.family import Cut, Family
-from cocodiff.models.flux import IP_ADAPTER, projections
+from cocodiff.models.flux.family import IP_ADAPTER, projections
 from cocodiff.models.install import install_blocks
 from cocodiff.models.joint import JointLayer, Stream, gated_stream, to_out
-from cocodiff.patches import Patches
+from cocodiff.state import Engine
 
 
 def make_layer(

@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
-from cocodiff.account import account
 from cocodiff.config import Config
-from cocodiff.door import Door
-from cocodiff.engine import Engine
 from cocodiff.errors import PatchError
 from cocodiff.launch.agree import agree, share_random_state
 from cocodiff.launch.job import Job
-from cocodiff.mesh import Mesh
 from cocodiff.models import family_of
+from cocodiff.parallel.mesh import Mesh
+from cocodiff.pipeline.call_report import account
+from cocodiff.pipeline.forward import Door
+from cocodiff.state import Engine
 from cocodiff.topology import Cluster
 
 _log = logging.getLogger(__name__)

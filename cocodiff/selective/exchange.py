@@ -16,14 +16,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cocodiff.exchange.coder import Coder, Parcel
 from cocodiff.exchange.flat import AllToAll
-from cocodiff.exchange.layout import Traffic, outer_difference, staged_order, staged_plan
+from cocodiff.exchange.lanes import Lane, Ticket
 from cocodiff.exchange.staged import StagedExchange, in_order
-from cocodiff.lanes import Lane, Ticket
-from cocodiff.mesh import Axis
-from cocodiff.similarity import Route
-from cocodiff.tally import Tally
+from cocodiff.observe.bytes import Tally
+from cocodiff.parallel.layout import Traffic, outer_difference, staged_order, staged_plan
+from cocodiff.parallel.mesh import Axis
+from cocodiff.selective.copies import Route
+from cocodiff.selective.residual import Coder, Parcel
 
 ENDS = ("send", "receive")
 TAG = 2**29  # added to the numbers of our messages: exact exchanges over the same group have numbers of their own

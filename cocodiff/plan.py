@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cocodiff.exchange import split_sizes
-from cocodiff.exchange.layout import axis_sizes
-from cocodiff.mesh import Degrees, outermost
+from cocodiff.parallel.layout import axis_sizes
+from cocodiff.parallel.mesh import Degrees, outermost
 from cocodiff.topology import Cluster
 
 MAX_PIECES = 4

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cocodiff.config import Config
-from cocodiff.costs import layer_costs, pieces
 from cocodiff.errors import ConfigError, PatchError
 from cocodiff.exchange import (
     Exchange,
@@ -25,15 +24,16 @@ from cocodiff.exchange import (
     gather_rows,
     split_sizes,
 )
-from cocodiff.exchange.layout import outer_difference
-from cocodiff.lanes import Lane, make_lane
-from cocodiff.memory import free_bytes, held_bytes
-from cocodiff.mesh import Axis, Mesh
-from cocodiff.selection import Selection
-from cocodiff.tally import Tally
-from cocodiff.timeline import COMPUTE, Timeline
-from cocodiff.tokens import Tokens
-from cocodiff.transmission import Selective, slow_level
+from cocodiff.exchange.lanes import Lane, make_lane
+from cocodiff.observe.bytes import Tally
+from cocodiff.observe.timeline import COMPUTE, Timeline
+from cocodiff.parallel.layout import outer_difference
+from cocodiff.parallel.mesh import Axis, Mesh
+from cocodiff.parallel.tokens import Tokens
+from cocodiff.plan import layer_costs, pieces
+from cocodiff.selective.memory import free_bytes, held_bytes
+from cocodiff.selective.run import Selection
+from cocodiff.selective.schedule import Selective, slow_level
 
 
 class Engine:

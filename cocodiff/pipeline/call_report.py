@@ -9,11 +9,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cocodiff.engine import Engine
 from cocodiff.errors import CocodiffError
-from cocodiff.exchange.selective import ENDS
 from cocodiff.launch.agree import gather_json
-from cocodiff.transmission import Selective
+from cocodiff.selective.exchange import ENDS
+from cocodiff.selective.schedule import Selective
+from cocodiff.state import Engine
 
 LABELS = ("q", "k", "v", "o")
 

@@ -14,10 +14,11 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from cocodiff.engine import Engine
-from cocodiff.exchange import Pending, Ring, SelectiveRing, to_heads
+from cocodiff.exchange import Pending, Ring, to_heads
 from cocodiff.kernels import attend_partial, merge_partial
 from cocodiff.kernels.partial import Partial
+from cocodiff.selective.ring import SelectiveRing
+from cocodiff.state import Engine
 
 
 class Layer(Protocol):

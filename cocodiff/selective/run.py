@@ -15,15 +15,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from cocodiff.conditions import Remembered
-from cocodiff.exchange import Exchange, Ring, SelectiveExchange, SelectiveRing, StagedExchange
-from cocodiff.exchange.coder import Coder, Parcel
-from cocodiff.exchange.selective import TAG, Link
-from cocodiff.lanes import Lane, make_lane
-from cocodiff.mesh import Mesh
-from cocodiff.similarity import Copies, Route
-from cocodiff.tally import Tally
-from cocodiff.transmission import LADDER, SHORT_RUN, Coding, Selective, is_told
+from cocodiff.exchange import Exchange, Ring, StagedExchange
+from cocodiff.exchange.lanes import Lane, make_lane
+from cocodiff.observe.bytes import Tally
+from cocodiff.parallel.mesh import Mesh
+from cocodiff.selective.branches import Remembered
+from cocodiff.selective.copies import Copies, Route
+from cocodiff.selective.exchange import TAG, Link, SelectiveExchange
+from cocodiff.selective.residual import Coder, Parcel
+from cocodiff.selective.ring import SelectiveRing
+from cocodiff.selective.schedule import LADDER, SHORT_RUN, Coding, Selective, is_told
 
 _log = logging.getLogger(__name__)
 
@@ -259,7 +260,7 @@ class Selection:
 
 
 class _Channel:
-    """`cocodiff.exchange.selective.Channel` of one layer in one forward."""
+    """`cocodiff.selective.exchange.Channel` of one layer in one forward."""
 
     def __init__(self, selection: Selection, branch: int, layer: int, step: int, since: int, time: float) -> None:
         self._selection, self._key, self._step, self._since, self._time = selection, (branch, layer), step, since, time

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cocodiff.errors import ConfigError
-from cocodiff.timeline import COMPUTE, Span, Timeline
+from cocodiff.observe.timeline import COMPUTE, Span, Timeline
 
 TENSORS = ("v", "k", "q", "o")
 

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from cocodiff.exchange.layout import Layout, axis_sizes, split_sizes, to_heads_traffic, to_sequence_traffic
-from cocodiff.exchange.selective import ENDS, blocks_of
-from cocodiff.exchange.selective_ring import crossed
-from cocodiff.mesh import Degrees, outermost
-from cocodiff.similarity import COPY_BYTES
-from cocodiff.tokens import Tokens
+from cocodiff.parallel.layout import Layout, axis_sizes, split_sizes, to_heads_traffic, to_sequence_traffic
+from cocodiff.parallel.mesh import Degrees, outermost
+from cocodiff.parallel.tokens import Tokens
+from cocodiff.selective.copies import COPY_BYTES
+from cocodiff.selective.exchange import ENDS, blocks_of
+from cocodiff.selective.ring import crossed
 from cocodiff.topology import Cluster
 
 

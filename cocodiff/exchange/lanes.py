@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from cocodiff.timeline import Timeline
+from cocodiff.observe.timeline import Timeline
 
 
 class Ticket(Protocol):

@@ -10,12 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from cocodiff.blocks import Blocks
-from cocodiff.engine import Engine
+from cocodiff.compat import Patches
 from cocodiff.models.family import Cut, Family
 from cocodiff.models.fused import Fused
 from cocodiff.models.install import install_blocks
 from cocodiff.models.joint import JointLayer, ParallelLayer, Stream, gated_stream, separate, to_out
-from cocodiff.patches import Patches
+from cocodiff.state import Engine
 
 
 def double_layer(

@@ -14,16 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cocodiff.branches import Branches
-from cocodiff.engine import Engine
+from cocodiff.compat import Patches, carriers, refuse_modifications
 from cocodiff.errors import ConfigError, MismatchError, PatchError
 from cocodiff.launch.agree import agree
 from cocodiff.launch.job import Job
 from cocodiff.models import Family
 from cocodiff.models.family import Cut
-from cocodiff.patches import Patches
-from cocodiff.refuse import carriers, refuse_modifications
-from cocodiff.tokens import Tokens
+from cocodiff.parallel.tokens import Tokens
+from cocodiff.pipeline.cfg_parallel import Branches
+from cocodiff.state import Engine
 
 
 class Door:

@@ -10,12 +10,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from cocodiff.exchange.coder import Parcel
 from cocodiff.exchange.flat import AllToAll
-from cocodiff.exchange.layout import outer_difference
-from cocodiff.exchange.selective import Channel, Link
-from cocodiff.lanes import Ticket
-from cocodiff.mesh import Axis
+from cocodiff.exchange.lanes import Ticket
+from cocodiff.parallel.layout import outer_difference
+from cocodiff.parallel.mesh import Axis
+from cocodiff.selective.exchange import Channel, Link
+from cocodiff.selective.residual import Parcel
 
 
 class SelectiveRing:

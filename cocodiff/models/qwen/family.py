@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from cocodiff.blocks import Blocks
-from cocodiff.engine import Engine
+from cocodiff.compat import Patches
 from cocodiff.errors import ConfigError
 from cocodiff.models.family import Family
-from cocodiff.models.flux import token_counts
+from cocodiff.models.flux.family import token_counts
 from cocodiff.models.install import install_blocks
 from cocodiff.models.joint import JointLayer, gated_stream, separate, to_out
-from cocodiff.patches import Patches
+from cocodiff.state import Engine
 
 
 def make_layer(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cocodiff.errors import ConfigError
-from cocodiff.exchange.layout import split_sizes
+from cocodiff.parallel.layout import split_sizes
 
 
 @dataclass(frozen=True)

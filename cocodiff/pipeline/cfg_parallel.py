@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cocodiff.engine import Engine
 from cocodiff.errors import PatchError
 from cocodiff.models import Family
+from cocodiff.state import Engine
 
 
 class Branches:

@@ -1,0 +1,1 @@
+"""What a run did: bytes by link and tensor, timelines, traces."""

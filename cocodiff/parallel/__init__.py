@@ -1,0 +1,1 @@
+"""Which rank has which tokens and heads: layouts, the mesh and its process groups."""
