@@ -143,30 +143,3 @@ def in_pieces(ranks: int | None = None) -> Any:
     import cocodiff
 
     return cocodiff.Cluster("test", (cocodiff.Level("link", ranks or int(os.environ["WORLD_SIZE"]), 1e-6, 1e-6),))
-
-
-# ranks -> level sizes; the last has three levels where the number allows
-LEVELS = {2: [(2,)], 3: [(3,)], 4: [(2, 2)], 6: [(2, 3), (3, 2)], 8: [(4, 2), (2, 2, 2)]}
-
-
-def clusters(ranks: int) -> Any:
-    """By name: one flat level, and for every staging one cluster that cuts outputs in pieces and one that does not."""
-    from cocodiff import Cluster, Level
-
-    for sizes in LEVELS[ranks]:
-        for pieces, latency_us in (("pieces", 1e-6), ("whole", 1e9)):
-            levels = tuple(Level(f"level {i}", size, 1e-6, latency_us) for i, size in enumerate(sizes))
-            yield f"{len(sizes)} levels, {pieces}", Cluster("test", levels)
-
-
-def recorded_pieces(engine: Any) -> list[int]:
-    """Into how many pieces each layer will have been cut."""
-    counts, plan = [], engine.plan
-
-    def recording(*size: Any) -> Any:
-        planned = plan(*size)
-        counts.append(planned[1])
-        return planned
-
-    engine.plan = recording
-    return counts
