@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from cocodiff.parallel.layout import axis_sizes
-from cocodiff.parallel.mesh import choose_degrees, outward_bytes
+from cocodiff.planner import choose_degrees, outward_bytes
 from cocodiff.topology import Cluster, Level
 
 RESULTS = Path(__file__).parent / "results"

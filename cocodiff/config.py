@@ -27,7 +27,9 @@ class Config:
         cfg_degree: 2 puts the conditional and the unconditional branch on two halves of the ranks. None means 1.
         ring_degree: parts of the sequence whose keys and values travel, while queries and outputs stay.
         ulysses_degree: ranks that share a part, each with some of the heads. What is left out follows the rule of
-            `cocodiff.parallel.mesh.choose_degrees`; the three multiply to the number of ranks.
+            `cocodiff.planner.choose_degrees`; the three multiply to the number of ranks.
+        pieces: into how many pieces a layer's rows are cut, so that exchange and compute overlap. None lets the cost
+            model decide.
         transmission: what crosses slow links: `"exact"`, or `"high"`, `"balanced"`, `"fast"` (1/4, 1/8 and 1/16 of the
             bytes; 1/32 where keys and values alone cross), or a `cocodiff.Selective`. Fast links stay exact.
 
@@ -41,6 +43,7 @@ class Config:
     cfg_degree: int | None = None
     ring_degree: int | None = None
     ulysses_degree: int | None = None
+    pieces: int | None = None
     transmission: str | Selective = "exact"
 
     def __post_init__(self) -> None:
@@ -50,7 +53,7 @@ class Config:
                 raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}.")
         if not isinstance(self.cluster, str | os.PathLike | Cluster):
             raise ConfigError(f"cluster={self.cluster!r} is neither a name, a path nor a cocodiff.Cluster.")
-        for name in DEGREES:
+        for name in (*DEGREES, "pieces"):
             degree = getattr(self, name)
             if degree is not None and (not isinstance(degree, int) or isinstance(degree, bool) or degree < 1):
                 raise ConfigError(f"{name}={degree!r} is not a positive whole number.")

@@ -15,18 +15,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from cocodiff.bench.links import connect_all
 from cocodiff.bench.methods import synchronize
 from cocodiff.bench.run import environment
-from cocodiff.config import Config
 from cocodiff.errors import ConfigError
-from cocodiff.exchange import Exchange
-from cocodiff.exchange.flat import AllToAll
+from cocodiff.exchange.connected import ConnectedMesh
 from cocodiff.launch.agree import gather_json
 from cocodiff.launch.job import Job
 from cocodiff.parallel.layout import Traffic
-from cocodiff.parallel.mesh import Degrees, Mesh
-from cocodiff.state import Engine
-from cocodiff.topology import Cluster, Measured, load_cluster
+from cocodiff.parallel.mesh import Mesh
+from cocodiff.topology import Cluster, Measured
 
 SCHEMA = "cocodiff-collectives/1"
 SIZES = tuple(4096 * 4**power for power in range(8))  # 4 KB to 64 MB
@@ -46,17 +44,17 @@ def run_collectives(
     """
     if job.world_size == 1 or job.host_group is None:
         raise ConfigError("one rank has nothing to exchange: start the bench under a launcher, or with --ranks.")
-    shape, _ = load_cluster(cluster, job.hosts, job.device.type)
-    mesh = Mesh.create(shape, Degrees(1, 1, job.world_size), job.backend, job.host_group)
-    engine = Engine(Config(cluster=cluster), mesh, job.device)
+    session, connected = connect_all(job, cluster)
+    mesh, device, shape = connected.mesh, job.device, session.cluster
     names = [shape.levels[level].name for level in mesh.level_groups]
     rows: list[dict[str, Any]] = []
     for size in (size for size in SIZES if size <= largest):
         runs = {
-            f"level {name}": _level(engine, level, size) for level, name in zip(mesh.level_groups, names, strict=True)
+            f"level {name}": _level(connected, level, size, device)
+            for level, name in zip(mesh.level_groups, names, strict=True)
         }
-        runs |= {"flat": _ours(engine, engine.flat, size), "staged": _ours(engine, engine.staged, size)}
-        runs["torch"] = _theirs(engine, size)
+        runs |= {name: _ours(connected, name, size, device) for name in ("flat", "staged")}
+        runs["torch"] = _theirs(mesh, size, device)
         taken: dict[str, list[float]] = {name: [] for name in runs}
         for index in range(repeat + 1):
             for name, run in runs.items():
@@ -68,7 +66,7 @@ def run_collectives(
         if max(statistics.median(seconds) for seconds in taken.values()) > patience:
             break
     measured = with_measurements(mesh, rows, guessed=cluster == "auto")
-    engine.close()
+    session.close()
     return {"schema": SCHEMA, "environment": environment(job), "rows": rows}, measured
 
 
@@ -82,25 +80,25 @@ def _slowest(run: Callable[[], Any], job: Job) -> float:
     return max(gather_json(time.perf_counter() - began, job.host_group))
 
 
-def _ours(engine: Engine, exchange: Exchange, size: int) -> Callable[[], Any]:
-    ranks = engine.mesh.ulysses.size
+def _ours(connected: ConnectedMesh, exchange: str, size: int, device: torch.device) -> Callable[[], Any]:
+    ranks = connected.ulysses.size
     traffic = Traffic((1,) * ranks, (1,) * ranks, 1, size // 4 // ranks, True)
-    send = torch.ones(traffic.head_dim * ranks, device=engine.device)
-    return lambda: exchange.start(send, traffic, "bench").wait()
+    send = torch.ones(traffic.head_dim * ranks, device=device)
+    return lambda: connected.exchanges[exchange].start(send, traffic, "bench").wait()
 
 
-def _theirs(engine: Engine, size: int) -> Callable[[], Any]:
-    ranks = engine.mesh.ulysses.size
-    send = torch.ones(size // 4 // ranks * ranks, device=engine.device)
+def _theirs(mesh: Mesh, size: int, device: torch.device) -> Callable[[], Any]:
+    ranks = mesh.ulysses.size
+    send = torch.ones(size // 4 // ranks * ranks, device=device)
     recv = torch.empty_like(send)
-    return lambda: dist.all_to_all_single(recv, send, group=engine.mesh.ulysses.group)
+    return lambda: dist.all_to_all_single(recv, send, group=mesh.ulysses.group)
 
 
-def _level(engine: Engine, level: int, size: int) -> Callable[[], Any]:
-    group = engine.mesh.level_groups[level]
-    splits = [size // 4 // group.size()] * group.size()
-    send = torch.ones(sum(splits), device=engine.device)
-    return lambda: AllToAll(splits, splits, group, tag=2**30 - 1)(send)
+def _level(connected: ConnectedMesh, level: int, size: int, device: torch.device) -> Callable[[], Any]:
+    transport = connected.levels[level]
+    splits = [size // 4 // transport.size] * transport.size
+    send = torch.ones(sum(splits), device=device)
+    return lambda: transport.all_to_all(send, splits, splits, send.dtype, "bench").wait()
 
 
 def _row(name: str, size: int, seconds: Sequence[float], ranks: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from cocodiff.bench.shapes import SHAPES, Shape
 from cocodiff.launch.job import start_job
 from cocodiff.models import FAMILIES
-from cocodiff.parallel.mesh import choose_degrees
+from cocodiff.planner import choose_degrees
 from cocodiff.topology import Cluster, load_cluster
 
 PACKAGES = ("cocodiff", "torch", "diffusers", "transformers", "accelerate", "safetensors", "mpi4py", "mpich")

@@ -54,7 +54,7 @@ def generate(
     from cocodiff.config import Config
     from cocodiff.launch.job import start_job
     from cocodiff.observe.trace import write_trace
-    from cocodiff.wrap import attach
+    from cocodiff.wrap import wrap_instance
 
     config = Config(  # what is wrong with it is said once, by one process
         exchange=exchange,
@@ -83,14 +83,14 @@ def generate(
         if frames is not None and "num_frames" not in inspect.signature(pipe.__call__).parameters:
             raise ConfigError(f"--frames: {type(pipe).__name__} draws pictures, no clips.")
         alone = _draw(pipe.to(job.device), call, seed) if compare and job.is_main else None
-    attach(pipe, config, job)
-    engine = pipe.cocodiff.engine
+    wrap_instance(pipe, config, job)
+    session = pipe.cocodiff.session
     if trace is None:
         picture = _draw(pipe, call, seed)
-    elif engine is None:
+    elif session is None:
         raise ConfigError("--trace: on one rank there are no lanes to record.")
     else:
-        with engine.recording() as timeline:
+        with session.recording() as timeline:
             picture = _draw(pipe, call, seed)
         write_trace(timeline, trace, job.rank)
     if not pipe.cocodiff.is_main:

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from cocodiff.blocks import BlockRow
 from cocodiff.compat import Patches
-from cocodiff.state import Engine
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Family:
     pipelines: tuple[str, ...]
     token_counts: Callable[[Any, dict[str, Any]], dict[str, int]]
     cuts: Mapping[str, Cut]
-    install: Callable[[Engine, Any, Patches], list[nn.Module]]
+    install: Callable[[BlockRow, Any, Patches], list[nn.Module]]
     guided: Callable[[Any, dict[str, Any]], bool] = lambda pipeline, call: False
     output_shape: Callable[[Any, dict[str, Any]], tuple[int, ...]] = lambda transformer, given: (
         *given["hidden_states"].shape[:-1],
@@ -53,3 +53,4 @@ class Family:
     long: bool = False
     refused: Mapping[str, str] = field(default_factory=dict)
     transformers: tuple[str, ...] = ("transformer",)
+    whole: Mapping[str, str] = field(default_factory=dict)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from torch import nn
 
-from cocodiff.blocks import Blocks
+from cocodiff.blocks import Block, BlockRow
 from cocodiff.compat import Patches
 from cocodiff.errors import ConfigError, PatchError
 from cocodiff.layer import Layer
@@ -27,7 +27,7 @@ class BlockProcessor:
 
 
 def install_blocks(
-    row: Blocks,
+    row: BlockRow,
     blocks: Iterable[nn.Module],
     name: str,
     processors: Mapping[str, Sequence[str]],
@@ -64,5 +64,11 @@ def install_blocks(
             if attribute not in local:
                 patches.set(attn, "processor", BlockProcessor(attn.processor), may_be_replaced=True)
                 attentions.append(attn)
-        row.append(block, streams, partial(make_layer, row.engine, block), patches)
+        entry = Block(
+            block,
+            tuple(streams),
+            lambda tokens, arguments, block=block: make_layer(tokens, block, **arguments),
+            inspect.signature(block.forward),
+        )
+        patches.set(block, "forward", row.append(entry))
     return attentions

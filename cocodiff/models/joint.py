@@ -94,7 +94,7 @@ class JointLayer:
 
         return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=self.attn.processor._attention_backend)
 
-    def beside(self) -> Tensor | None:
+    def parallel_branch(self, state: Any) -> Tensor | None:
         return None
 
     def finish(self, piece: int, attended: Tensor, beside: Tensor | None) -> Any:
@@ -156,7 +156,7 @@ class ParallelLayer(JointLayer):
     def enter(self, piece: int, rows: slice, inputs: tuple[Tensor, ...]) -> None:
         super().enter(piece, rows, (torch.cat(inputs, dim=1) if len(inputs) > 1 else inputs[0],))
 
-    def beside(self) -> Tensor:
+    def parallel_branch(self, state: Any) -> Tensor:
         return self._mlp(self)
 
     def finish(self, piece: int, attended: Tensor, beside: Tensor | None) -> tuple[Tensor, ...]:

@@ -45,6 +45,3 @@ class ByteCounter:
         for (_, label), count in self.sent.items():
             totals[label] += count
         return dict(totals)
-
-
-Tally = ByteCounter  # until its users move

@@ -9,17 +9,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cocodiff.blocks import Blocks
+from cocodiff.blocks import BlockRow
 from cocodiff.compat import Patches
 from cocodiff.models.family import Cut, Family
 from cocodiff.models.fused import Fused
 from cocodiff.models.install import install_blocks
 from cocodiff.models.joint import JointLayer, ParallelLayer, Stream, gated_stream, separate, to_out
-from cocodiff.state import Engine
+from cocodiff.parallel.tokens import Tokens
 
 
 def double_layer(
-    engine: Engine,
+    tokens: Tokens,
     block: Any,
     temb: Tensor,
     image_rotary_emb: Any = None,
@@ -35,11 +35,11 @@ def double_layer(
         _mods(block.norm1, temb, 6), block.norm1.norm, projections(attn, added=False),
         (attn.norm_q, attn.norm_k), to_out(attn), block.norm2, block.ff,
     )  # fmt: skip
-    return JointLayer(attn, [text, image], engine.tokens.mine, temb.itemsize, image_rotary_emb)
+    return JointLayer(attn, [text, image], tokens.mine, temb.itemsize, image_rotary_emb)
 
 
 def single_layer(
-    engine: Engine,
+    tokens: Tokens,
     block: Any,
     temb: Tensor,
     image_rotary_emb: Any = None,
@@ -53,7 +53,7 @@ def single_layer(
         attn.norm_q, attn.norm_k,
     )  # fmt: skip
     return ParallelLayer(
-        attn, stream, engine.tokens.mine, temb.itemsize, image_rotary_emb,
+        attn, stream, tokens.mine, temb.itemsize, image_rotary_emb,
         mlp=lambda layer: block.act_mlp(block.proj_mlp(layer.normed_all())), out=lambda x: gate * block.proj_out(x),
     )  # fmt: skip
 
@@ -70,8 +70,8 @@ def projections(attn: Any, added: bool) -> Any:
     return separate(attn, *(("add_q_proj", "add_k_proj", "add_v_proj") if added else ("to_q", "to_k", "to_v")))
 
 
-def install(engine: Engine, transformer: Any, patches: Patches) -> list[nn.Module]:
-    row, streams, known = Blocks(engine), ("encoder_hidden_states", "hidden_states"), {"attn": ("FluxAttnProcessor",)}
+def install(row: BlockRow, transformer: Any, patches: Patches) -> list[nn.Module]:
+    streams, known = ("encoder_hidden_states", "hidden_states"), {"attn": ("FluxAttnProcessor",)}
     double, single = transformer.transformer_blocks, transformer.single_transformer_blocks
     return install_blocks(row, double, "FluxTransformerBlock", known, streams, double_layer, patches) + install_blocks(
         row, single, "FluxSingleTransformerBlock", known, streams, single_layer, patches

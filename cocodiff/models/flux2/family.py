@@ -9,18 +9,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cocodiff.blocks import Blocks
+from cocodiff.blocks import BlockRow
 from cocodiff.compat import Patches
 from cocodiff.models.family import Cut, Family
 from cocodiff.models.flux.family import projections, token_counts
 from cocodiff.models.fused import Fused
 from cocodiff.models.install import install_blocks
 from cocodiff.models.joint import JointLayer, ParallelLayer, Stream, gated_stream, to_out
-from cocodiff.state import Engine
+from cocodiff.parallel.tokens import Tokens
 
 
 def double_layer(
-    engine: Engine,
+    tokens: Tokens,
     block: Any,
     temb_mod_img: Tensor,
     temb_mod_txt: Tensor,
@@ -38,12 +38,12 @@ def double_layer(
         lambda rows: image_mods, block.norm1, projections(attn, added=False),
         (attn.norm_q, attn.norm_k), to_out(attn), block.norm2, block.ff,
     )  # fmt: skip
-    lengths = engine.tokens.mine
+    lengths = tokens.mine
     return JointLayer(attn, [text, image], lengths, temb_mod_img.itemsize, image_rotary_emb)
 
 
 def single_layer(
-    engine: Engine,
+    tokens: Tokens,
     block: Any,
     encoder_hidden_states: None,
     temb_mod: Tensor,
@@ -61,7 +61,7 @@ def single_layer(
         attn.norm_k,
     )
     return ParallelLayer(
-        attn, stream, [sum(engine.tokens.mine)], temb_mod.itemsize, image_rotary_emb,
+        attn, stream, [sum(tokens.mine)], temb_mod.itemsize, image_rotary_emb,
         mlp=lambda layer: attn.mlp_act_fn(layer.project_all("mlp")), out=lambda x: gate * attn.to_out(x),
     )  # fmt: skip
 
@@ -71,8 +71,8 @@ def _chunked(mods: Tensor, count: int) -> tuple[Tensor, ...]:
     return (mods.unsqueeze(1) if mods.ndim == 2 else mods).chunk(count, dim=-1)
 
 
-def install(engine: Engine, transformer: Any, patches: Patches) -> list[nn.Module]:
-    row, double, single = Blocks(engine), transformer.transformer_blocks, transformer.single_transformer_blocks
+def install(row: BlockRow, transformer: Any, patches: Patches) -> list[nn.Module]:
+    double, single = transformer.transformer_blocks, transformer.single_transformer_blocks
     both, known = ("encoder_hidden_states", "hidden_states"), ("Flux2AttnProcessor",)
     found = install_blocks(row, double, "Flux2TransformerBlock", {"attn": known}, both, double_layer, patches)
     one, known = ("hidden_states",), ("Flux2ParallelSelfAttnProcessor",)

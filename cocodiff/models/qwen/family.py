@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cocodiff.blocks import Blocks
+from cocodiff.blocks import BlockRow
 from cocodiff.compat import Patches
 from cocodiff.errors import ConfigError
 from cocodiff.models.family import Family
 from cocodiff.models.flux.family import token_counts
 from cocodiff.models.install import install_blocks
 from cocodiff.models.joint import JointLayer, gated_stream, separate, to_out
-from cocodiff.state import Engine
+from cocodiff.parallel.tokens import Tokens
 
 
 def make_layer(
-    engine: Engine,
+    tokens: Tokens,
     block: Any,
     encoder_hidden_states_mask: Tensor | None,
     temb: Tensor,
@@ -32,7 +32,7 @@ def make_layer(
     modulate_index: Tensor | None = None,
 ) -> JointLayer:
     """One QwenImageTransformerBlock."""
-    attn, tokens = block.attn, engine.tokens
+    attn = block.attn
     text_temb = temb.chunk(2)[0] if block.zero_cond_t else temb  # the second half is for reference images
     text = gated_stream(
         _mods(block.txt_mod(text_temb)), block.txt_norm1, separate(attn, "add_q_proj", "add_k_proj", "add_v_proj"),
@@ -67,8 +67,7 @@ def _mods(mods: Tensor, index: Tensor | None = None) -> Callable[[slice], list[T
     return lambda rows: [torch.where(index[:, rows, None] == 0, first, second) for first, second in halves]
 
 
-def install(engine: Engine, transformer: Any, patches: Patches) -> list[nn.Module]:
-    row = Blocks(engine, whole={"hidden_states": "image", "encoder_hidden_states": "text"})
+def install(row: BlockRow, transformer: Any, patches: Patches) -> list[nn.Module]:
     known, streams = {"attn": ("QwenDoubleStreamAttnProcessor2_0",)}, ("encoder_hidden_states", "hidden_states")
     blocks = transformer.transformer_blocks
     return install_blocks(row, blocks, "QwenImageTransformerBlock", known, streams, make_layer, patches)
@@ -89,4 +88,5 @@ QWEN = Family(
         call["true_cfg_scale"] > 1
         and (call["negative_prompt"] is not None or call["negative_prompt_embeds"] is not None)
     ),
+    whole={"hidden_states": "image", "encoder_hidden_states": "text"},
 )

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from cocodiff.attention import attended_whole
-from cocodiff.blocks import Blocks
+from cocodiff.blocks import BlockRow
 from cocodiff.compat import Patches
 from cocodiff.models.family import Cut, Family
 from cocodiff.models.flux.family import IP_ADAPTER, projections
 from cocodiff.models.install import install_blocks
 from cocodiff.models.joint import JointLayer, Stream, gated_stream, to_out
-from cocodiff.state import Engine
+from cocodiff.parallel.tokens import Tokens
 
 
 def make_layer(
-    engine: Engine, block: Any, temb: Tensor, joint_attention_kwargs: dict[str, Any] | None = None
+    tokens: Tokens, block: Any, temb: Tensor, joint_attention_kwargs: dict[str, Any] | None = None
 ) -> JointLayer:
     """One JointTransformerBlock."""
     attn, norm = block.attn, block.norm1
@@ -31,9 +31,9 @@ def make_layer(
         lambda rows: mods[:6], norm.norm, projections(attn, added=False), (attn.norm_q, attn.norm_k),
         to_out(attn), block.norm2, block.ff,
     )  # fmt: skip
-    streams, lengths = [_text(block, temb), image], engine.tokens.mine
+    streams, lengths = [_text(block, temb), image], tokens.mine
     if block.use_dual_attention:
-        return DualLayer(engine, block, streams, lengths, temb.itemsize, mods[6:])
+        return DualLayer(None, block, streams, lengths, temb.itemsize, mods[6:])
     return JointLayer(attn, streams, lengths, temb.itemsize)
 
 
@@ -58,7 +58,7 @@ class DualLayer(JointLayer):
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Any,
         block: Any,
         streams: list[Stream],
         lengths: tuple[int, ...],
@@ -68,7 +68,7 @@ class DualLayer(JointLayer):
         super().__init__(block.attn, streams, lengths, itemsize)
         self._engine, self._block, self._mods = engine, block, mods
 
-    def beside(self) -> Tensor:
+    def parallel_branch(self, state: Any) -> Tensor:
         """The second attention's gated output; nothing for text, so that it has the rows of the block."""
         attn, (shift, scale, gate) = self._block.attn2, self._mods
         norm, image = self._block.norm1.norm, torch.cat([image for _, image in self.residual.values()], dim=1)
@@ -77,7 +77,7 @@ class DualLayer(JointLayer):
         )
         second = JointLayer(attn, [stream], [image.shape[1]], self.itemsize)
         second.enter(0, slice(0, image.shape[1]), (image,))
-        out = gate * to_out(attn)(attended_whole(self._engine, second, "image"))
+        out = gate * to_out(attn)(attended_whole(state, second, "image"))
         return torch.cat([out.new_zeros(out.shape[0], self.lengths[0], out.shape[2]), out], dim=1)
 
     def finish(self, piece: int, attended: Tensor, beside: Tensor | None) -> Any:
@@ -87,8 +87,8 @@ class DualLayer(JointLayer):
         return super().finish(piece, attended, beside)
 
 
-def install(engine: Engine, transformer: Any, patches: Patches) -> list[nn.Module]:
-    row, streams = Blocks(engine, whole={"hidden_states": "image"}), ("encoder_hidden_states", "hidden_states")
+def install(row: BlockRow, transformer: Any, patches: Patches) -> list[nn.Module]:
+    streams = ("encoder_hidden_states", "hidden_states")
     known = dict.fromkeys(("attn", "attn2"), ("JointAttnProcessor2_0", "FusedJointAttnProcessor2_0"))
     blocks = transformer.transformer_blocks
     return install_blocks(row, blocks, "JointTransformerBlock", known, streams, make_layer, patches)
@@ -107,4 +107,5 @@ SD3 = Family(
     install=install,
     batched=("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep"),
     refused={"ip_adapter_image_embeds": IP_ADAPTER, "ip_hidden_states": IP_ADAPTER},
+    whole={"hidden_states": "image"},
 )

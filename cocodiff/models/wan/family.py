@@ -11,17 +11,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cocodiff.blocks import Blocks
+from cocodiff.blocks import BlockRow
 from cocodiff.compat import Patches
 from cocodiff.models.family import Cut, Family
 from cocodiff.models.fused import Fused
 from cocodiff.models.install import install_blocks
 from cocodiff.models.joint import JointLayer, Stream, separate, to_out
-from cocodiff.state import Engine
+from cocodiff.parallel.tokens import Tokens
 
 
 def make_layer(
-    engine: Engine, block: Any, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: tuple[Tensor, Tensor]
+    tokens: Tokens, block: Any, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: tuple[Tensor, Tensor]
 ) -> JointLayer:
     """One WanTransformerBlock. `temb` is `(B, 6, C)`, or `(B, S_local, 6, C)` where each token has its timestep."""
     attn = block.attn1
@@ -46,7 +46,7 @@ def make_layer(
         projections = Fused(attn.to_qkv, dict.fromkeys("qkv", attn.inner_dim))
     norm_query, norm_key = (partial(_across_heads, norm) for norm in (attn.norm_q, attn.norm_k))
     stream = Stream(modulated, projections, norm_query, norm_key, finish)
-    mine, lengths = engine.tokens.rows("video"), engine.tokens.mine
+    mine, lengths = tokens.rows("video"), tokens.mine
     cos, sin = (angles[0, mine, 0] for angles in rotary_emb)
     return JointLayer(attn, [stream], lengths, encoder_hidden_states.itemsize, (cos, sin))
 
@@ -56,8 +56,7 @@ def _across_heads(norm: nn.Module, x: Tensor) -> Tensor:
     return norm(x.flatten(2)).unflatten(2, x.shape[2:])
 
 
-def install(engine: Engine, transformer: Any, patches: Patches) -> list[nn.Module]:
-    row = Blocks(engine, whole={"hidden_states": "video"})
+def install(row: BlockRow, transformer: Any, patches: Patches) -> list[nn.Module]:
     known = {"attn1": ("WanAttnProcessor",), "attn2": ("WanAttnProcessor",)}
     blocks, streams = transformer.blocks, ("hidden_states",)
     return install_blocks(row, blocks, "WanTransformerBlock", known, streams, make_layer, patches, local=("attn2",))
@@ -83,4 +82,5 @@ WAN = Family(
     ),
     long=True,
     transformers=("transformer", "transformer_2"),
+    whole={"hidden_states": "video"},
 )
