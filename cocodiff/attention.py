@@ -4,12 +4,13 @@ Ulysses (arXiv 2309.14509) computes attention over all tokens for a few heads on
 from "my tokens, all heads" to "all tokens, my heads", and the output back. Exact; the art is in *when*. All work but
 attention itself goes by rows, so this rank's rows are cut into pieces, and a piece goes on as soon as it can:
 
-    compute:  V K 0 | V K 1 | Q | beside | attend 0 | attend 1 | finish 0, V K 0 of the next layer | finish 1, V K 1 ..
-    link:       v ── k ── v ── k ── q 0 ── q 1 ─────── o 0 ─────── o 1 ──────────── v ── k of the next layer ── v ── k
+    compute:  V K 0 | V K 1 | Q | parallel | attend 0 | attend 1 | finish 0, V K 0 of the next layer | finish 1, V ..
+    link:       v ── k ── v ── k ── q 0 ── q 1 ───────── o 0 ─────── o 1 ──────────── v ── k of the next layer ── v ── k
 
 - V needs neither norm nor rotation, so it is projected first and travels while K is made (CoCoDiff, arXiv 2604.14561).
   Attention needs all rows of K and V but only those rows of Q that it works on: so Q is made and travels last.
-- `beside` is work that attention does not need (FLUX's single blocks have a parallel MLP): it runs under Q's exchange.
+- `parallel` is a parallel branch, which attention does not need (the MLP of FLUX's single blocks): it runs under Q's
+  exchange.
 - The output returns piece by piece. Whatever follows row by row (output projection, gates, feed-forward) runs on the
   rows that have arrived, and on to V and K of the *next* layer, so that the link has work between two layers, too.
 
@@ -42,8 +43,8 @@ def attention(flight: Flight, ahead: Flight | None) -> list[Any]:
     query_pending = [to_heads(exchange, query[:, rows], layout, rank, "q") for rows, layout in pieces]
     del query  # packed for the lanes
 
-    with span("beside"):
-        beside = layer.beside()
+    with span("parallel"):
+        parallel = layer.parallel_branch(engine)
 
     output_pending: list[Pending] = []
     finished: list[Any] = []
@@ -53,7 +54,7 @@ def attention(flight: Flight, ahead: Flight | None) -> list[Any]:
         with span("wait o"):
             attended = output_pending[piece].wait()
         with span("finish"):
-            finished.append(layer.finish(piece, attended, None if beside is None else beside[:, pieces[piece][0]]))
+            finished.append(layer.finish(piece, attended, None if parallel is None else parallel[:, pieces[piece][0]]))
         if ahead is not None:
             ahead.enter(piece, finished[piece])
 
@@ -69,17 +70,17 @@ def attention(flight: Flight, ahead: Flight | None) -> list[Any]:
 def sequential(engine: Engine, layer: Layer, inputs: Any) -> list[Any]:
     """The textbook order: nothing overlaps, the same elements."""
     layer.enter(0, slice(0, sum(engine.tokens.mine)), inputs)
-    with engine.span("beside"):
-        beside = layer.beside()
+    with engine.span("parallel"):
+        parallel = layer.parallel_branch(engine)
     attended = attended_whole(engine, layer)
     with engine.span("finish"):
-        return [layer.finish(0, attended, beside)]
+        return [layer.finish(0, attended, parallel)]
 
 
 def attended_whole(engine: Engine, layer: Layer, stream: str | None = None) -> Tensor:
     """Attention of a layer that entered in one piece, `(B, S_local, H * D)`: V first, or in the textbook order.
 
-    For attention beside that of a block, too: over the tokens of a `stream` alone.
+    Also for a second attention of a block: over the tokens of one `stream`.
     """
     flight, in_flight = Flight(engine, layer, stream, whole=True), engine.config.schedule != "sequential"
     rank, span, exchange, layout = engine.rank, engine.span, flight.exchange, flight.pieces[0][1]

@@ -29,7 +29,7 @@ HOOKS = ("_hf_hook", "_diffusers_hook")  # they run when a block is called (offl
 class _Block:
     module: nn.Module
     streams: tuple[str, ...]
-    make_layer: Callable[..., Layer]
+    make_layer: Callable[[Tokens, Any, dict[str, Any]], Layer]
     signature: inspect.Signature
 
 
@@ -48,13 +48,17 @@ class Blocks:
         self._go_ahead = True
 
     def append(
-        self, block: nn.Module, streams: Sequence[str], make_layer: Callable[..., Layer], patches: Patches
+        self,
+        block: nn.Module,
+        streams: Sequence[str],
+        make_layer: Callable[[Tokens, Any, dict[str, Any]], Layer],
+        patches: Patches,
     ) -> None:
         """Put ours in place of the forward of the next block.
 
         Args:
             streams: the arguments of its forward that hold tokens, in joint order; what it returns, too.
-            make_layer: takes the other arguments.
+            make_layer: takes the forward's tokens, the block and the other arguments.
         """
         entry = _Block(block, tuple(streams), make_layer, inspect.signature(block.forward))
         patches.set(block, "forward", partial(self._forward, len(self._row)))
@@ -68,10 +72,12 @@ class Blocks:
             self._tokens, self._go_ahead, self._handed = engine.tokens, True, None
             inputs = [self._cut_whole(name, x) for name, x in zip(block.streams, inputs, strict=True)]
         if engine.config.schedule == "sequential":
-            return _returned(joined(sequential(engine, block.make_layer(**arguments), inputs)))
+            return _returned(
+                joined(sequential(engine, block.make_layer(engine.tokens, block.module, arguments), inputs))
+            )
         flight = self._take(index, [*inputs, *arguments.values()])
         if flight is None:
-            flight = Flight(engine, block.make_layer(**arguments))
+            flight = Flight(engine, block.make_layer(engine.tokens, block.module, arguments))
             for piece, (rows, _) in enumerate(flight.pieces):
                 flight.enter(piece, _cut(inputs, rows))
         ahead = self._next(index, flight, arguments)
@@ -107,7 +113,7 @@ class Blocks:
             return None
         if any(hook in vars(module) for module in (block.module, *block.module.children()) for hook in HOOKS):
             return None
-        ahead = Flight(self.engine, block.make_layer(**arguments))
+        ahead = Flight(self.engine, block.make_layer(self.engine.tokens, block.module, arguments))
         return ahead if ahead.pieces == flight.pieces else None
 
 

@@ -90,6 +90,16 @@ HARMLESS_HOOKS = (
 )
 
 
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether calling it is its matrix product and nothing else: no adapter, no hook, no other forward."""
+    return (
+        type(module) is nn.Linear
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not any(name in vars(module) for name in ("_hf_hook", "_diffusers_hook", "forward"))
+    )
+
+
 def carriers(transformer: nn.Module, attentions: list[nn.Module]) -> list[nn.Module]:
     """The attention modules and what contains them, but for the transformer itself: what sees some tokens alone."""
     ours = {id(module) for module in attentions}

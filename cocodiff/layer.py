@@ -46,10 +46,13 @@ class Layer(Protocol):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """Softmax attention, `(B, S_query, H_local, D)`, on the device's own kernel; `mask` as in `Flight.key_mask`."""
 
-    def beside(self) -> Tensor | None:
-        """Work on all rows that attention does not need, `(B, rows, C)`; None where there is none."""
+    def parallel_branch(self, state: Engine) -> Tensor | None:
+        """Work on all rows that attention does not need, `(B, rows, C)`; None where there is none.
 
-    def finish(self, piece: int, attended: Tensor, beside: Tensor | None) -> Any:
+        `state` is for one that attends itself.
+        """
+
+    def finish(self, piece: int, attended: Tensor, parallel: Tensor | None) -> Any:
         """The rest of the block: the next block's input for this piece. `attended` is `(B, rows, H * D)`."""
 
 

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 
+from cocodiff.blocks import Blocks
 from cocodiff.compat import Patches, refuse_modifications
 from cocodiff.config import DEGREES, Config
 from cocodiff.errors import ConfigError, PatchError
 from cocodiff.launch.agree import agree
 from cocodiff.launch.job import Job, start_job
 from cocodiff.models import Family, family_of
+from cocodiff.models.install import install
 from cocodiff.parallel.mesh import Degrees, Mesh, choose_degrees, outermost
 from cocodiff.pipeline.call import Attachment, subclass, weights
 from cocodiff.pipeline.forward import Door
@@ -231,7 +233,7 @@ def make_door(
                 _say_where(config, engine)
     patches = Patches()
     try:
-        attentions = family.install(engine, transformer, patches)
+        attentions = install(family, Blocks(engine, family.whole), transformer, patches)
         forward = vars(transformer).get("_old_forward", transformer.forward)
         door = Door(engine, family, transformer, forward, attentions, patches, job)
         patches.set(transformer, "forward", door)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +10,9 @@ from torch import nn
 from cocodiff.blocks import Blocks
 from cocodiff.compat import Patches
 from cocodiff.errors import ConfigError, PatchError
-from cocodiff.layer import Layer
+from cocodiff.models.family import Family
+from cocodiff.models.joint import make_layer
+from cocodiff.models.stages import BlockSpec
 
 
 class BlockProcessor:
@@ -26,43 +27,36 @@ class BlockProcessor:
         raise PatchError("a block's forward was replaced after cocodiff.wrap: it cannot run so on shards. Wrap last.")
 
 
-def install_blocks(
-    row: Blocks,
-    blocks: Iterable[nn.Module],
-    name: str,
-    processors: Mapping[str, Sequence[str]],
-    streams: Sequence[str],
-    make_layer: Callable[..., Layer],
-    patches: Patches,
-    local: Sequence[str] = (),
-) -> list[nn.Module]:
-    """Append blocks of one class to the row; the attention modules that are ours now.
+def install(family: Family, row: Blocks, transformer: Any, patches: Patches) -> list[nn.Module]:
+    """Append all blocks of a transformer to the row; returns the attention modules whose work is ours now.
 
-    Args:
-        name: of diffusers' class of block. ConfigError where one is of another.
-        processors: attention of a block -> the processors whose work `make_layer` does. ConfigError for others.
-        streams: the forward's arguments that hold tokens, in joint order.
-        make_layer: `(engine, block, **the other arguments)`.
-        local: attentions that stay diffusers' own.
+    ConfigError where a block or an attention processor is not what the family's specs describe.
     """
     attentions: list[nn.Module] = []
-    for block in blocks:
-        if type(block).__name__ != name or not type(block).__module__.startswith("diffusers."):
+    for attribute, spec in family.blocks.items():
+        for block in getattr(transformer, attribute):
+            attentions += _replace_processors(block, spec, patches)
+            row.append(block, spec.inputs, partial(make_layer, spec), patches)
+    return attentions
+
+
+def _replace_processors(block: nn.Module, spec: BlockSpec, patches: Patches) -> list[nn.Module]:
+    if type(block).__name__ != spec.name or not type(block).__module__.startswith("diffusers."):
+        raise ConfigError(
+            f"the transformer has a {type(block).__name__} of {type(block).__module__} where cocodiff knows "
+            f"diffusers' {spec.name}. docs/adding-a-model.md tells how to add it."
+        )
+    attentions: list[nn.Module] = []
+    for attribute, known in spec.processors.items():
+        attn: Any = getattr(block, attribute, None)
+        if attn is None:
+            continue
+        if type(attn.processor).__name__ not in known:
             raise ConfigError(
-                f"the transformer has a {type(block).__name__} of {type(block).__module__} where cocodiff knows "
-                f"diffusers' {name}. docs/adding-a-model.md tells how to add it."
+                f"{spec.name}.{attribute} attends by {type(attn.processor).__name__}, whose projections cocodiff does "
+                f"not know; it knows {', '.join(known)}. Unload what set it, or see docs/adding-a-model.md."
             )
-        for attribute, known in processors.items():
-            attn: Any = getattr(block, attribute, None)
-            if attn is None:
-                continue
-            if type(attn.processor).__name__ not in known:
-                raise ConfigError(
-                    f"{name}.{attribute} attends by {type(attn.processor).__name__}, whose projections cocodiff does "
-                    f"not know; it knows {', '.join(known)}. Unload what set it, or see docs/adding-a-model.md."
-                )
-            if attribute not in local:
-                patches.set(attn, "processor", BlockProcessor(attn.processor), may_be_replaced=True)
-                attentions.append(attn)
-        row.append(block, streams, partial(make_layer, row.engine, block), patches)
+        if attribute not in spec.local:
+            patches.set(attn, "processor", BlockProcessor(attn.processor), may_be_replaced=True)
+            attentions.append(attn)
     return attentions

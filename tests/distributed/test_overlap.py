@@ -19,7 +19,7 @@ PATIENCE_SECONDS = 1.0
 # What lies under what, in two single blocks: (exchange, occurrence) spans (compute, occurrence) .. (the same).
 # In two pieces, the first output lies under the second attention, and the last under V of the next block, whose first
 # piece is the third V.
-COMMON = {("v", 0): (("k", 0), ("q", 0)), ("q", 0): (("beside", 0), ("beside", 0))}
+COMMON = {("v", 0): (("k", 0), ("q", 0)), ("q", 0): (("parallel", 0), ("parallel", 0))}
 SPANS = {
     "v_first": COMMON | {("o", 0): (("attend", 1), ("attend", 1)), ("o", 1): (("finish", 0), ("v", 2))},
     "sequential": COMMON | {("o", 0): (("attend", 0), ("finish", 0)), ("o", 1): (("finish", 0), ("v", 1))},
