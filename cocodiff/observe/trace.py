@@ -125,7 +125,7 @@ def plot_step(spans: Mapping[int, Sequence[Span]], path: Path, title: str) -> No
     except Exception:
         raise ConfigError("plots need matplotlib: pip install 'cocodiff[plot]'") from None
     colours = {"v": "#d1495b", "k": "#edae49", "q": "#66a182", "o": "#2e4057", "attend": "#8d6cab"}
-    colours |= {"beside": "#b9b4c7", "finish": "#9fb8d0", "gather": "#777777"}
+    colours |= {"parallel": "#b9b4c7", "finish": "#9fb8d0", "gather": "#777777"}
     rows = [(rank, lane) for rank, mine in spans.items() for lane in _lanes(mine)]
     figure = Figure(figsize=(12, 0.6 + 0.42 * len(rows)), layout="constrained")
     axes = figure.subplots()

@@ -19,6 +19,7 @@ from cocodiff.launch.job import Job
 from cocodiff.models import Family, family_of
 from cocodiff.pipeline.forward import ShardedForward
 from cocodiff.pipeline.handle import Handle
+from cocodiff.pipeline.install_blocks import install_blocks
 from cocodiff.plan import ModelFacts, RunPlan
 from cocodiff.state import Session
 from cocodiff.topology import Cluster, load_cluster
@@ -79,7 +80,7 @@ def install_transformer(transformer: Any, family: Family, session: Session) -> S
             _log.info("mesh: %s (%s)", plan.degrees, plan.degrees.reason)
             if plan.selective is not None:
                 _say_where(plan, connected.mesh, session)
-        attentions = family.install(row, transformer, patches)
+        attentions = install_blocks(family, row, transformer, patches)
         forward = ShardedForward(
             session, family, facts, transformer, own_forward(transformer), row, attentions, patches
         )  # fmt: skip
