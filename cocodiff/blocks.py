@@ -31,12 +31,12 @@ class Block:
 
     Attributes:
         streams: the arguments of its forward that hold tokens, in joint order; it returns them, too.
-        make_layer: makes its attention layer of tokens and the other arguments.
+        make_layer: makes its attention layer of tokens, the module and the other arguments.
     """
 
     module: nn.Module
     streams: tuple[str, ...]
-    make_layer: Callable[[Tokens, Mapping[str, Any]], Layer]
+    make_layer: Callable[[Tokens, nn.Module, Mapping[str, Any]], Layer]
     signature: inspect.Signature
 
 
@@ -92,10 +92,10 @@ class RowForward:
         inputs = [self._cut_whole(name, arguments.pop(name)) for name in block.streams]
         self._whole = {}  # the first block has cut them
         if state.call.plan.schedule == "sequential":
-            return _returned(joined(sequential(state, block.make_layer(state.tokens, arguments), inputs)))
+            return _returned(joined(sequential(state, self._layer(block, arguments), inputs)))
         flight = self._take(index, [*inputs, *arguments.values()])
         if flight is None:
-            flight = LayerInFlight(state, block.make_layer(state.tokens, arguments))
+            flight = LayerInFlight(state, self._layer(block, arguments))
             for piece, (rows, _) in enumerate(flight.pieces):
                 flight.enter(piece, _cut(inputs, rows))
         ahead = self._next(index, flight, arguments)
@@ -108,6 +108,9 @@ class RowForward:
         """The forward has ended well: what was handed on to a block that was not called is dropped."""
         if self._handed is not None:
             self._handed[2].drop()
+
+    def _layer(self, block: Block, arguments: Mapping[str, Any]) -> Layer:
+        return block.make_layer(self._state.tokens, block.module, arguments)
 
     def _cut_whole(self, name: str, x: Tensor) -> Tensor:
         if name not in self._whole:
@@ -136,7 +139,7 @@ class RowForward:
             return None
         if acts_when_called(block.module):
             return None
-        ahead = LayerInFlight(self._state, block.make_layer(self._state.tokens, arguments))
+        ahead = LayerInFlight(self._state, self._layer(block, arguments))
         return ahead if ahead.pieces == flight.pieces else None
 
 
