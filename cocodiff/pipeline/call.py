@@ -18,6 +18,7 @@ from cocodiff.models import family_of
 from cocodiff.pipeline.call_report import call_report
 from cocodiff.pipeline.forward import ShardedForward, check_call
 from cocodiff.pipeline.handle import Handle
+from cocodiff.selective.exchange import SlowLinks
 from cocodiff.selective.run import SelectiveCall
 from cocodiff.state import CallState
 
@@ -54,9 +55,9 @@ def call_running(
     call = CallState(session, plan, session.connect(plan), guided)
     if plan.selective is not None and plan.coded_from is not None and times is not None:
         branches = 2 if guided and call.mesh.cfg.size == 1 and not batched else 1
-        lanes = session.lane("encode"), session.lane("decode")
+        links = SlowLinks(plan.coded_from, session.lane("encode"), session.lane("decode"))
         kv_only = plan.kv_only(call.mesh)
-        call.selective = SelectiveCall(plan.selective, kv_only, times, branches, session.device, session.warn, lanes)
+        call.selective = SelectiveCall(plan.selective, kv_only, times, branches, session.device, session.warn, links)
     with ExitStack() as stack:
         for forward in forwards:
             stack.enter_context(forward.in_call(call))

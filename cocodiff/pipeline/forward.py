@@ -104,10 +104,6 @@ class ShardedForward:
         """How this transformer runs."""
         return self.session.plan(self._facts)
 
-    def layer_sizes(self) -> list[tuple[int, int]]:
-        """Heads and head_dim of each attention that is exchanged."""
-        return [(attn.heads, attn.inner_dim // attn.heads) for attn, _ in self._attentions]
-
     def check(self) -> None:
         """Raise PatchError unless every part of ours is in place and nothing was added that shards cannot follow."""
         for attn, processor in self._attentions:
@@ -167,7 +163,8 @@ class ShardedForward:
         family, sequence = self._family, call.mesh.sequence
         counts = family.token_counts(self.transformer, given)
         tokens = Tokens.split(counts, sequence.size, sequence.rank)
-        coding = begin_forward(self, call, given, conditioning, tokens)
+        layers = [(attn.heads, attn.inner_dim // attn.heads) for attn, _ in self._attentions]
+        coding = begin_forward(call, self, layers, given, conditioning, tokens)
         state = ForwardState(call, tokens, coding)
         for name, cut in family.cuts.items():
             if given.get(name) is not None:

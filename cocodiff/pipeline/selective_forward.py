@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
 
@@ -15,14 +16,18 @@ from cocodiff.selective.memory import free_bytes, held_bytes
 from cocodiff.selective.run import StepCoding
 from cocodiff.state import CallState, ForwardState
 
-if TYPE_CHECKING:
-    from cocodiff.pipeline.forward import ShardedForward
+Sizes = Sequence[tuple[int, int]]  # heads and head_dim of each attention that is exchanged
 
 
 def begin_forward(
-    forward: ShardedForward, call: CallState, given: dict[str, Any], conditioning: Any, tokens: Tokens
+    call: CallState, owner: Hashable, layers: Sizes, given: dict[str, Any], conditioning: Any, tokens: Tokens
 ) -> StepCoding | None:
     """Begin a forward: what selective transmission does in it, or None where it is exact.
+
+    Args:
+        owner: the transformer, of which a pipeline may have several.
+        given: arguments of its forward, before they are cut.
+        conditioning: the prompt's embeddings, as the pipeline gave them.
 
     Raises:
         ConfigError: in the first forward of a call, on every rank, where the copies would not fit.
@@ -30,10 +35,10 @@ def begin_forward(
     if call.selective is None or given.get("skip_layers") is not None:
         return None  # SD3's guidance by skipped layers is a forward beside the branches, now and then
     latents = given["hidden_states"]
-    shape = (id(forward.transformer), *((name, sum(sizes)) for name, sizes in tokens.streams.items()), len(latents))
+    shape = (owner, *((name, sum(sizes)) for name, sizes in tokens.streams.items()), len(latents))
     coding = call.selective.step(conditioning, latents, shape, call.branch_name)
     if coding is not None and coding.first:
-        _check_memory(forward, ForwardState(call, tokens, coding), len(latents), latents.itemsize)
+        _check_memory(layers, ForwardState(call, tokens, coding), len(latents), latents.itemsize)
     return coding
 
 
@@ -43,21 +48,20 @@ def end_forward(call: CallState, coding: StepCoding | None) -> None:
         call.selective.forwarded(coding, lambda number: max_over(number, call.connected.sequence))
 
 
-def _check_memory(forward: ShardedForward, state: ForwardState, batch: int, itemsize: int) -> None:
+def _check_memory(layers: Sizes, state: ForwardState, batch: int, itemsize: int) -> None:
     """Raise ConfigError on every rank unless what the call will hold fits. Collective over the sequence."""
     call, mesh, coding = state.call, state.call.mesh, state.coding
     assert call.selective is not None and coding is not None and call.plan.coded_from is not None
-    sizes = forward.layer_sizes()
-    held = [(h, d) for h, d in sizes if state.plan_layer(h * d, itemsize).coded]
+    held = [(h, d) for h, d in layers if state.plan_layer(h * d, itemsize).coded]
     for heads, head_dim in held:
         for width in {share * head_dim for share in split_sizes(heads, mesh.ulysses.size)}:  # all, so that all raise
             coding.check_width(width, itemsize)
-    call.selective.cover(len(held), len(sizes))
-    if len(held) < len(sizes):
+    call.selective.cover(len(held), len(layers))
+    if len(held) < len(layers):
         level = mesh.cluster.levels[call.plan.coded_from].name
         call.session.warn(
             "uncoded layers",
-            f"by the cluster's figures the exact exchanges of {len(sizes) - len(held)} of {len(sizes)} layers hide "
+            f"by the cluster's figures the exact exchanges of {len(layers) - len(held)} of {len(layers)} layers hide "
             "under their compute, so they stay exact. If the link is slower than that, measure it (cocodiff bench "
             f"collectives), or say Selective(level={level!r}).",
         )
