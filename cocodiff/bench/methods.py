@@ -15,13 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cocodiff.bench.models import build_inputs
-from cocodiff.bench.shapes import Shape
 from cocodiff.config import Config
 from cocodiff.errors import ConfigError
 from cocodiff.exchange import Exchange
 from cocodiff.exchange.lanes import Lane, Ticket
 from cocodiff.launch.job import Job
-from cocodiff.models import FAMILIES, Family
+from cocodiff.models import family_named
+from cocodiff.models.shapes import Shape
 from cocodiff.parallel.layout import Traffic
 from cocodiff.selective.schedule import Selective
 from cocodiff.state import Engine
@@ -100,7 +100,7 @@ def make_method(
 def _step(model: Any, shape: Shape, job: Job, guided: bool) -> Callable[[], Tensor]:
     """One step as pipelines do it: one call, or one for each branch, or one with both in its batch."""
     branches = [build_inputs(shape, job.device, branch) for branch in range(2 if guided else 1)]
-    batched = _family(shape).batched
+    batched = family_named(shape.family).batched
     if guided and batched:
         both = {
             name: torch.cat([one[name] for one in branches]) if name in batched else branches[0][name]
@@ -118,13 +118,9 @@ def _step(model: Any, shape: Shape, job: Job, guided: bool) -> Callable[[], Tens
     return step
 
 
-def _family(shape: Shape) -> Family:
-    return next(family for family in FAMILIES if family.name == shape.family)
-
-
 def _ours(name: str, config: Config, model: Any, shape: Shape, job: Job, guided: bool) -> Method:
     cluster, _ = load_cluster(config.cluster, job.hosts, job.device.type)
-    family = _family(shape)
+    family = family_named(shape.family)
     door = make_door(model.to(job.device), family, config, cluster, replace(job, shared=True))
     run = None if door.engine.selection is None else RUN
     times = None if run is None else lambda: [float(RUN - step) for step in range(RUN)]
@@ -136,7 +132,8 @@ def _diffusers(model: Any, shape: Shape, job: Job, guided: bool) -> Method:
     """As its documentation says, with what it needs besides: see the comments."""
     from diffusers import ContextParallelConfig
 
-    text = 0 if shape.family == "wan" else shape.text  # Wan's text is not cut
+    blocks = family_named(shape.family).blocks.values()
+    text = shape.text if any("encoder_hidden_states" in spec.inputs for spec in blocks) else 0  # Wan's is not cut
     if shape.heads % job.world_size or text % job.world_size or shape.image % job.world_size:
         raise ConfigError(
             f"{shape.heads} heads, {shape.text} text and {shape.image} image tokens must all divide by "
