@@ -8,8 +8,8 @@ neither diffusers nor a process group is touched before `wrap` is called.
 
 from cocodiff.config import Config
 from cocodiff.errors import CocodiffError
+from cocodiff.models.small import tiny_pipeline
 from cocodiff.selective.schedule import Selective
-from cocodiff.tiny import tiny_pipeline
 from cocodiff.topology import Cluster, Level
 from cocodiff.wrap import unwrap, wrap
 

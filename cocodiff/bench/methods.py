@@ -15,13 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cocodiff.bench.models import build_inputs
-from cocodiff.bench.shapes import Shape
 from cocodiff.config import Config, Selective
 from cocodiff.errors import ConfigError
 from cocodiff.exchange.connected import TransportMaker
 from cocodiff.exchange.transport import make_local_transport, make_transport
 from cocodiff.launch.job import Job
-from cocodiff.models import FAMILIES, Family
+from cocodiff.models import family_named
+from cocodiff.models.shapes import Shape
 from cocodiff.pipeline.call import call_running
 from cocodiff.pipeline.forward import ShardedForward
 from cocodiff.pipeline.install import install_transformer
@@ -101,7 +101,7 @@ def make_method(
 def _step(model: Any, shape: Shape, job: Job, guided: bool) -> Callable[[], Tensor]:
     """One step as pipelines do it: one call, or one for each branch, or one with both in its batch."""
     branches = [build_inputs(shape, job.device, branch) for branch in range(2 if guided else 1)]
-    batched = _family(shape).batched
+    batched = family_named(shape.family).batched
     if guided and batched:
         both = {
             name: torch.cat([one[name] for one in branches]) if name in batched else branches[0][name]
@@ -119,10 +119,6 @@ def _step(model: Any, shape: Shape, job: Job, guided: bool) -> Callable[[], Tens
     return step
 
 
-def _family(shape: Shape) -> Family:
-    return next(family for family in FAMILIES if family.name == shape.family)
-
-
 def _ours(
     name: str,
     config: Config,
@@ -133,7 +129,7 @@ def _ours(
     transport: TransportMaker = make_transport,
 ) -> Method:
     cluster, _ = load_cluster(config.cluster, job.hosts, job.device.type)
-    family = _family(shape)
+    family = family_named(shape.family)
     choose = partial(plan_run, config, cluster, job.device.type)
     session = Session(replace(job, shared=True), config, cluster, choose, transport)
     forward = install_transformer(model.to(job.device), family, session)
@@ -148,7 +144,8 @@ def _diffusers(model: Any, shape: Shape, job: Job, guided: bool) -> Method:
     """As its documentation says, with what it needs besides: see the comments."""
     from diffusers import ContextParallelConfig
 
-    text = 0 if shape.family == "wan" else shape.text  # Wan's text is not cut
+    blocks = family_named(shape.family).blocks.values()
+    text = shape.text if any("encoder_hidden_states" in spec.inputs for spec in blocks) else 0  # Wan's is not cut
     if shape.heads % job.world_size or text % job.world_size or shape.image % job.world_size:
         raise ConfigError(
             f"{shape.heads} heads, {shape.text} text and {shape.image} image tokens must all divide by "

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from cocodiff.bench.simulate import Hosts, Played, Rounding, Simulation
 from cocodiff.errors import ConfigError
+from cocodiff.models.small import tiny_pipeline
 from cocodiff.quality import psnr, relative_error, ssim
 from cocodiff.selective.schedule import METHODS, Selective
-from cocodiff.tiny import pictures, tiny_pipeline
+from cocodiff.tiny import pictures
 from cocodiff.tiny.check import check_picture
 from cocodiff.tiny.models import TEXT_TOKENS
 

@@ -19,10 +19,10 @@ from torch import Tensor
 from cocodiff.bench.links import busiest_links, connect_all, goodput, inner_ranks, interface_bytes
 from cocodiff.bench.methods import DESCRIPTIONS, OURS, Method, compute_method, make_method, synchronize
 from cocodiff.bench.models import build_transformer
-from cocodiff.bench.shapes import Shape
 from cocodiff.errors import ConfigError
 from cocodiff.launch.agree import gather_json
 from cocodiff.launch.job import Job
+from cocodiff.models.shapes import Shape
 from cocodiff.observe.trace import write_trace
 from cocodiff.topology import Cluster
 

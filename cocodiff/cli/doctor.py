@@ -11,9 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cocodiff.bench.shapes import SHAPES, Shape
+from cocodiff.bench.shapes import SHAPES
 from cocodiff.launch.job import start_job
-from cocodiff.models import FAMILIES
+from cocodiff.models import FAMILIES, family_named
+from cocodiff.models.shapes import Shape
 from cocodiff.planner import choose_degrees
 from cocodiff.topology import Cluster, load_cluster
 
@@ -82,7 +83,7 @@ def render(findings: dict[str, Any], *, as_json: bool) -> str:
 
 
 def _mesh(cluster: Cluster, shape: Shape, device: torch.device) -> str:
-    family = next(family for family in FAMILIES if family.name == shape.family)
+    family = family_named(shape.family)
     degrees = choose_degrees(cluster, shape.heads, long=family.long and device.type != "xpu")
     return f"{degrees}, for {shape.heads} heads: {degrees.reason}"
 

@@ -117,7 +117,7 @@ def _load(model: str, dtype: str, task: str) -> Any:
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ConfigError(f"--dtype {dtype} is not one of float32, bfloat16, float16.")
     if model.split(":")[0] == "tiny":
-        from cocodiff.tiny import tiny_pipeline
+        from cocodiff.models.small import tiny_pipeline
 
         family = model.removeprefix("tiny").removeprefix(":") or "flux"
         if family == "wan":

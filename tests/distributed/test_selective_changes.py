@@ -148,7 +148,7 @@ def _noisy():
     import diffusers
 
     import cocodiff
-    from cocodiff.tiny import tiny_pipeline
+    from cocodiff import tiny_pipeline
 
     records = []
     logging.getLogger("cocodiff").addHandler(handler := logging.Handler())

@@ -113,9 +113,9 @@ def test_both_ends_are_compared_and_errors_are_bounded():
 
 
 def _simulated(ring):
+    from cocodiff import tiny_pipeline
     from cocodiff.bench.simulate import Hosts, Simulation
     from cocodiff.selective.schedule import Selective
-    from cocodiff.tiny import tiny_pipeline
 
     pipe = tiny_pipeline()
     simulation = Simulation(Selective(budget=1 / 16), Hosts(ring=ring), {"text": 16, "image": 256}, 24)
@@ -140,8 +140,7 @@ def _drawn(pipe):
 def _real(ring, expected):
     """The simulation counts against two bytes an element; these ranks send four: the same bits are half the share."""
     import cocodiff
-    from cocodiff import Selective
-    from cocodiff.tiny import tiny_pipeline
+    from cocodiff import Selective, tiny_pipeline
 
     simulated, share, exact = expected
     pipe = cocodiff.wrap(
