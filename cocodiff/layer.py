@@ -67,8 +67,10 @@ class Flight:
         self.exchange, count, coded = engine.plan(self.layouts, layer.width, layer.itemsize)
         self.ring: Ring | SelectiveRing | None = engine.ring
         if coded:
-            assert engine.selection is not None
-            self.exchange, self.ring = engine.selection.bind(self.exchange, engine.ring, (layer.owner, stream))
+            assert engine.coding is not None
+            self.exchange, self.ring = engine.coding.exchanges(
+                (layer.owner, stream), engine.connected, self.exchange.name
+            )
         self.parts = [layout.pieces(engine.rank, 1 if whole else count) for layout in self.layouts]
         self.pieces = self.parts[engine.part]
         self.pending: dict[tuple[str, int], list[Pending]] = {}  # (label, distance of the part) -> piece by piece

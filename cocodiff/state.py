@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from cocodiff.config import Config
+from cocodiff.config import Config, Selective
 from cocodiff.errors import ConfigError, PatchError
 from cocodiff.exchange import (
     Exchange,
@@ -25,15 +28,19 @@ from cocodiff.exchange import (
     split_sizes,
 )
 from cocodiff.exchange.lanes import Lane, make_lane
+from cocodiff.exchange.transport import PointToPointTransport, Transport, make_transport
 from cocodiff.observe.bytes import Tally
 from cocodiff.observe.timeline import COMPUTE, Timeline
 from cocodiff.parallel.layout import outer_difference
 from cocodiff.parallel.mesh import Axis, Mesh
 from cocodiff.parallel.tokens import Tokens
 from cocodiff.plan import layer_costs, pieces
+from cocodiff.selective.exchange import SlowLinks
 from cocodiff.selective.memory import free_bytes, held_bytes
-from cocodiff.selective.run import Selection
-from cocodiff.selective.schedule import Selective, slow_level
+from cocodiff.selective.run import SelectiveCall, StepCoding
+from cocodiff.selective.schedule import coded_from, names_level
+
+_log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -58,21 +65,44 @@ class Engine:
         self.ring: Ring | None = None
         if (around := mesh.ring).group is not None:
             self.ring = Ring(around.cluster.sizes, around.rank, around.group, self.lane(around), self.tally)
-        self.selection: Selection | None = None
-        selective = Selective.of(config.transmission)
+        self.links: SlowLinks | None = None
+        self.selection: SelectiveCall | None = None  # of the call that is running, or the last one
+        self.coding: StepCoding | None = None  # of the forward that is running
+        self._warned: set[str] = set()
+        self.selective = Selective.of(config.transmission)
         crossed = mesh.sequence.level if mesh.sequence.size > 1 else -1
-        slow = None if selective is None else slow_level(selective, mesh.cluster, crossed)
-        if selective is not None and slow is not None:
-            self.selection = Selection(selective, mesh, slow, self._lanes, self.tally, device)
+        slow = None if self.selective is None else coded_from(self.selective, mesh.cluster, crossed)
+        if self.selective is not None and slow is not None:
+            self.links = SlowLinks(slow, make_lane("encode", device), make_lane("decode", device))
+            self.coded_always = names_level(self.selective, mesh.cluster, slow)
+            self.kv_only = mesh.ulysses.size == 1 or mesh.ulysses.level < slow
+            self.connected: Any = SimpleNamespace(
+                mesh=mesh,
+                exchanges={"flat": self.flat, "staged": self.staged},
+                around=self.ring,
+                ulysses=self._transport(mesh.ulysses),
+                ring=self._transport(mesh.ring),
+            )
         self._tokens: Tokens | None = None
         self._settled: dict[int, int] = {}
 
+    def _transport(self, axis: Axis) -> Transport:
+        transport = make_transport(axis.group, axis.cluster.sizes, self.lane(axis), self.tally)
+        if isinstance(transport, PointToPointTransport):
+            transport._messages = 2**29  # exact exchanges over the same group have numbers of their own
+        return transport
+
+    def say(self, about: str, text: str) -> None:
+        """Warn once about one thing, on rank 0."""
+        if self.mesh.everyone.rank == 0 and about not in self._warned:
+            _log.warning(text)
+        self._warned.add(about)
+
     def close(self) -> None:
         """End the lanes and free the groups; nothing may be in flight. Collective."""
-        for lane in self._lanes.values():
+        beside = () if self.links is None else (self.links.encoding, self.links.decoding)
+        for lane in (*self._lanes.values(), *beside):
             lane.close()
-        if self.selection is not None:
-            self.selection.close()
         self.mesh.close()
 
     @property
@@ -144,14 +174,14 @@ class Engine:
         Decided from the layouts and the cluster alone, so identically on all ranks and in every run. `width` is
         heads x head_dim, of `itemsize` bytes each.
         """
-        mesh, selection, place = self.mesh, self.selection, self.device.type
+        mesh, coding, place = self.mesh, self.coding, self.device.type
         seq_lens = [length for layout in layouts for length in layout.seq_lens]
         modelled = partial(
             layer_costs, mesh.cluster, mesh.degrees, self.config.exchange, place, width, itemsize, seq_lens
         )
         costs, coded = modelled(), False
-        if selection is not None and selection.running and (selection.told or costs.worth_coding):
-            costs, coded = modelled(share=selection.share), True
+        if coding is not None and (self.coded_always or costs.worth_coding):
+            costs, coded = modelled(share=coding.share), True
         exchange = self.staged if costs.exchange == "staged" and mesh.ulysses.size > 1 else self.flat
         return exchange, pieces(costs, min(seq_lens), place), coded
 
@@ -163,24 +193,33 @@ class Engine:
         Args:
             layers: heads and head_dim of each attention.
         """
-        selection, mesh = self.selection, self.mesh
-        assert selection is not None
-        held, coded = [], 0
+        selection, mesh, links = self.selection, self.mesh, self.links
+        assert selection is not None and self.coding is not None and links is not None
+        held = []
         for heads, head_dim in layers:
             if not self.plan(self.layouts(heads), heads * head_dim, itemsize)[2]:
                 continue
-            coded += 1
-            widths = {share * head_dim for share in split_sizes(heads, mesh.ulysses.size)}  # all, so that all raise
-            if any([selection.coding(0, width, itemsize, first=True).base != "nothing" for width in widths]):
-                held.append((heads, head_dim))
-        selection.cover(coded, len(layers))
+            held.append((heads, head_dim))
+            for width in {
+                share * head_dim for share in split_sizes(heads, mesh.ulysses.size)
+            }:  # all, so that all raise
+                self.coding.check_width(width, itemsize)
+        selection.cover(len(held), len(layers))
+        if len(held) < len(layers):
+            level = mesh.cluster.levels[links.level].name
+            self.say(
+                "uncoded layers",
+                f"by the cluster's figures the exact exchanges of {len(layers) - len(held)} of {len(layers)} layers "
+                "hide under their compute, so they stay exact. If the link is slower, measure it (cocodiff bench "
+                f"collectives), or say Selective(level={level!r}).",
+            )
         streams = {name: sum(sizes) for name, sizes in self.tokens.streams.items()}
         needed = held_bytes(
-            mesh.cluster, mesh.degrees, selection.slow, mesh.everyone.rank, streams, held, batch, selection.branches
+            mesh.cluster, mesh.degrees, links.level, mesh.everyone.rank, streams, held, batch, selection.branches
         )
         free = free_bytes(self.device)
         if free is not None and self.device.type == "cpu":
-            free //= math.prod(mesh.cluster.sizes[: selection.slow])  # ranks inside share it
+            free //= math.prod(mesh.cluster.sizes[: links.level])  # ranks inside share it
         short = torch.tensor(0.0 if free is None else float(needed - free), device=self.device)
         if self.worst(short) > 0:
             raise ConfigError(
@@ -276,6 +315,6 @@ class Engine:
 
     def _set_timeline(self, timeline: Timeline | None) -> None:
         self.timeline = timeline
-        beside = () if self.selection is None else self.selection.lanes
+        beside = () if self.links is None else (self.links.encoding, self.links.decoding)
         for lane in (*self._lanes.values(), *beside):
             lane.timeline = timeline

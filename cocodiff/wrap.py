@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from cocodiff.compat import Patches, refuse_modifications
-from cocodiff.config import DEGREES, Config
+from cocodiff.config import DEGREES, Config, Selective
 from cocodiff.errors import ConfigError, PatchError
 from cocodiff.launch.agree import agree
 from cocodiff.launch.job import Job, start_job
@@ -19,7 +19,7 @@ from cocodiff.parallel.mesh import Degrees, Mesh, choose_degrees, outermost
 from cocodiff.pipeline.call import Attachment, subclass, weights
 from cocodiff.pipeline.forward import Door
 from cocodiff.plan import layer_costs
-from cocodiff.selective.schedule import Selective, is_told, slow_level
+from cocodiff.selective.schedule import coded_from, names_level
 from cocodiff.state import Engine
 from cocodiff.topology import Cluster, load_cluster
 
@@ -175,8 +175,8 @@ def _install(pipeline: Any, attachment: Attachment) -> None:
 
 
 def _say_where(config: Config, engine: Engine) -> None:
-    selection, cluster = engine.selection, engine.mesh.cluster
-    if selection is None:
+    cluster = engine.mesh.cluster
+    if engine.links is None:
         names = [level.name for level in cluster.levels]
         slow = ", ".join(name for name, yes in zip(names, cluster.slow, strict=True) if yes) or "none"
         given = config.transmission
@@ -186,8 +186,8 @@ def _say_where(config: Config, engine: Engine) -> None:
             why = f"nothing beyond level {names[engine.mesh.sequence.level]!r}, which lies inside {named!r}"
         _log.warning("transmission=%r sends everything, as exact does: these ranks cross %s.", given, why)
         return
-    what = "keys and values alone cross" if selection.alone else "Q, K, V and the output cross"
-    _log.info("transmission is selective from level %r on; %s.", cluster.levels[selection.slow].name, what)
+    what = "keys and values alone cross" if engine.kv_only else "Q, K, V and the output cross"
+    _log.info("transmission is selective from level %r on; %s.", cluster.levels[engine.links.level].name, what)
 
 
 def _degrees(transformer: Any, family: Family, config: Config, cluster: Cluster, device_type: str) -> Degrees:
@@ -205,13 +205,13 @@ def _degrees(transformer: Any, family: Family, config: Config, cluster: Cluster,
         long=family.long and fused,
     )
     exact, selective = choose(), Selective.of(config.transmission)
-    slow = None if selective is None else slow_level(selective, cluster, outermost(cluster.sizes))
+    slow = None if selective is None else coded_from(selective, cluster, outermost(cluster.sizes))
     if selective is None or slow is None or not fused:
         return exact
     sizes = transformer.config
     width, itemsize = sizes.num_attention_heads * sizes.attention_head_dim, transformer.dtype.itemsize
     costs = layer_costs(cluster, exact, config.exchange, device_type, width, itemsize)
-    return choose(selective=True) if is_told(selective, cluster, slow) or costs.worth_coding else exact
+    return choose(selective=True) if names_level(selective, cluster, slow) or costs.worth_coding else exact
 
 
 def make_door(

@@ -16,14 +16,13 @@ from torch import Tensor
 
 from cocodiff.bench.models import build_inputs
 from cocodiff.bench.shapes import Shape
-from cocodiff.config import Config
+from cocodiff.config import Config, Selective
 from cocodiff.errors import ConfigError
 from cocodiff.exchange import Exchange
 from cocodiff.exchange.lanes import Lane, Ticket
 from cocodiff.launch.job import Job
 from cocodiff.models import FAMILIES, Family
 from cocodiff.parallel.layout import Traffic
-from cocodiff.selective.schedule import Selective
 from cocodiff.state import Engine
 from cocodiff.topology import load_cluster
 from cocodiff.wrap import make_door
@@ -126,7 +125,7 @@ def _ours(name: str, config: Config, model: Any, shape: Shape, job: Job, guided:
     cluster, _ = load_cluster(config.cluster, job.hosts, job.device.type)
     family = _family(shape)
     door = make_door(model.to(job.device), family, config, cluster, replace(job, shared=True))
-    run = None if door.engine.selection is None else RUN
+    run = None if door.engine.links is None else RUN
     times = None if run is None else lambda: [float(RUN - step) for step in range(RUN)]
     around = partial(door.in_pipeline, guided and not family.batched, times)
     return Method(name, _step(model, shape, job, guided), door.engine, around=around, run=run)

@@ -116,7 +116,7 @@ def _warmed_up(make: Callable[[], Method], job: Job) -> Record:
 def _count(record: Record, method: Method, job: Job) -> None:
     """One run: what it sent at each step, and how long it coded."""
     engine, steps = method.engine, method.run or 1
-    recording: Any = nullcontext() if engine is None or engine.selection is None else engine.recording()
+    recording: Any = nullcontext() if engine is None or engine.links is None else engine.recording()
     counts: list[list[int]] = []
 
     def counted() -> None:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from cocodiff.config import Selective
 from cocodiff.errors import CocodiffError
 from cocodiff.launch.agree import gather_json
-from cocodiff.selective.exchange import ENDS
-from cocodiff.selective.schedule import Selective
+from cocodiff.selective.copies import ENDS
 from cocodiff.state import Engine
 
 LABELS = ("q", "k", "v", "o")
@@ -63,14 +63,15 @@ def account(engine: Engine, before: tuple[Counter, Counter]) -> dict[str, Any]:
         asked = Selective.of(engine.config.transmission)
         result["reason"] = "asked for" if asked is None else "these ranks cross no level where it applies"
         return result
-    if selection.selective.check:
+    if selection.settings.check:
         _check(engine)
         selection.free()
     held = torch.tensor(selection.held_bytes, device="cpu")
     dist.all_reduce(held, dist.ReduceOp.MAX, group=group)
     coded, layers = selection.coded
-    result["transmission"] = asdict(selection.selective) | {
-        "from_level": levels[selection.slow],
+    assert engine.links is not None
+    result["transmission"] = asdict(selection.settings) | {
+        "from_level": levels[engine.links.level],
         "planned_share": selection.planned if coded else 1.0,
         "coded_layers": {"coded": coded, "of": layers},
     }

@@ -22,6 +22,7 @@ from cocodiff.models import Family
 from cocodiff.models.family import Cut
 from cocodiff.parallel.tokens import Tokens
 from cocodiff.pipeline.cfg_parallel import Branches
+from cocodiff.selective.run import SelectiveCall
 from cocodiff.state import Engine
 
 
@@ -100,24 +101,26 @@ class Door:
 
     def _on_shards(self, given: dict[str, Any], conditioning: Any) -> Any:
         engine, family = self.engine, self._family
-        counts, selection = family.token_counts(self.transformer, given), engine.selection
-        batch, first = given["hidden_states"].shape[0], False
-        if selection is not None and given.get("skip_layers") is not None:
-            selection.pause()  # SD3's guidance by what few layers do: a call beside the branches, now and then
-        elif selection is not None:
-            first = selection.forward(conditioning, given["hidden_states"], (self, *counts.items(), batch))
+        counts, selection = (
+            family.token_counts(self.transformer, given),
+            engine.selection if self._in_pipeline else None,
+        )
+        batch, engine.coding = given["hidden_states"].shape[0], None
+        if selection is not None and given.get("skip_layers") is None:  # SD3's guidance by what few layers do is exact
+            engine.coding = selection.step(conditioning, given["hidden_states"], (self, *counts.items(), batch))
         tokens = Tokens.split(counts, engine.mesh.sequence.size, engine.mesh.sequence.rank)
         for name, cut in family.cuts.items():
             if given.get(name) is not None:
                 given[name] = _shard(given[name], tokens.rows(cut.stream), counts[cut.stream], cut, name)
         with engine.span("forward"), engine.sharded(tokens), self._gathered(list(counts)[-1]):
-            if first:
+            if engine.coding is not None and engine.coding.first:
                 attentions: list[Any] = [attn for attn, _ in self._attentions]
                 layers = [(attn.heads, attn.inner_dim // attn.heads) for attn in attentions]
                 engine.begin(layers, batch, given["hidden_states"].itemsize)
             output = self._forward(**given)
-        if selection is not None:
-            selection.forwarded(engine.worst)
+        if selection is not None and engine.coding is not None:
+            selection.forwarded(engine.coding, engine.worst)
+        engine.coding = None
         return output
 
     @contextmanager
@@ -144,18 +147,20 @@ class Door:
         """
         if self._in_pipeline:
             raise PatchError("another call over the same transformer is running in this process: one at a time.")
-        self._in_pipeline, self._differs, selection = True, [], self.engine.selection
+        self._in_pipeline, self._differs, engine = True, [], self.engine
         if self.engine.mesh.cfg.size > 1:
             self._branches = Branches(self.engine, self._family, self.transformer, guided)
         branches = self._branches
-        if selection is not None and times is not None:
-            selection.expect(times, 2 if guided and branches is None and not self._family.batched else 1)
+        engine.selection = engine.coding = None
+        if engine.links is not None and engine.selective is not None and times is not None:
+            count = 2 if guided and branches is None and not self._family.batched else 1
+            engine.selection = SelectiveCall(
+                engine.selective, engine.kv_only, times, count, engine.device, engine.say, engine.links
+            )
         try:
             yield
         finally:
             self._in_pipeline, self._branches = False, None
-            if selection is not None:
-                selection.end()
         self._settle(everywhere=branches is not None)  # each half has compared its own branch alone
         if branches is not None:
             branches.settle()

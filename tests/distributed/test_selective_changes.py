@@ -56,13 +56,13 @@ MESHES = {"ulysses": dict(ring_degree=1), "ring": dict(ring_degree=2), "cfg": di
 def _changes_go_unseen():
     import torch
 
-    from cocodiff.selective.run import Selection
+    from cocodiff.selective.run import SelectiveCall
 
-    right = Selection.forward
+    right = SelectiveCall.step
     same = torch.zeros(1)
-    Selection.forward = lambda selection, conditioning, latents, shape: right(selection, same, same, None)
+    SelectiveCall.step = lambda call, conditioning, latents, shape, name=None: right(call, same, same, None, name)
     yield
-    Selection.forward = right
+    SelectiveCall.step = right
 
 
 def _changes():
