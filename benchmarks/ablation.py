@@ -42,7 +42,7 @@ def k_and_v_together(flight: Flight, piece: int, inputs: Any) -> None:
 
 def mlp_at_the_end(layer: ParallelLayer, piece: int, attended: Tensor, beside: None) -> Any:
     """In place of the MLP under the exchanges: it runs when the output has arrived, on the rows of a piece."""
-    rows = SimpleNamespace(normed_all=lambda: layer.normed[piece][0])
+    rows: Any = SimpleNamespace(normed_all=lambda: layer.normed[piece][0])
     return FINISH(layer, piece, attended, layer._mlp(rows))
 
 
@@ -131,12 +131,12 @@ def main() -> None:
     if job.is_main:
         exact_seconds = statistics.median(seconds["exact"])
         print("| variant | seconds a step (least, most) | times exact | differs from exact by |\n|---|---|---|---|")
-        for name, taken in seconds.items():
+        for name, times in seconds.items():
             away = (outputs[name] - outputs["exact"]).norm() / outputs["exact"].norm()
             shown = "" if name == "compute" else f"{away.item():.0e}"
-            middle = statistics.median(taken)
+            middle = statistics.median(times)
             print(
-                f"| {name} | {middle:.3f} ({min(taken):.3f}, {max(taken):.3f}) "
+                f"| {name} | {middle:.3f} ({min(times):.3f}, {max(times):.3f}) "
                 f"| {middle / exact_seconds:.2f} | {shown} |"
             )
 

@@ -9,6 +9,7 @@ every one of ten repetitions, on rank 0.
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,7 @@ def main() -> None:
         splits = [0, 0]
         splits[1 - group.rank()] = megabytes * 250_000
         send, recv = torch.ones(sum(splits)), torch.empty(sum(splits))
-        ways = {
+        ways: dict[str, Any] = {
             "gloo's all_to_all": lambda s=send, r=recv, n=splits: dist.all_to_all_single(r, s, n, n, group=group),
             "receives first": lambda s=send, n=splits: AllToAll(n, n, group, tag=1)(s),
         }

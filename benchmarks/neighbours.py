@@ -65,7 +65,7 @@ def theirs(name: str, size: str, degrees: dict[str, int], expected: torch.Tensor
     return verdict(lambda: draw(name, size, parallel), expected)
 
 
-def ours(name: str, size: str, degrees: dict[str, int], expected: torch.Tensor) -> str:
+def ours(name: str, size: str, degrees: dict[str, Any], expected: torch.Tensor) -> str:
     import cocodiff
 
     return verdict(lambda: draw(name, size, partial(cocodiff.wrap, **degrees)), expected)

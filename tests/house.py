@@ -17,7 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cocodiff.launch",),
     ("cocodiff.topology",),
     ("cocodiff.observe",),
-    ("cocodiff.selective.schedule", "cocodiff.config"),
+    ("cocodiff.config",),
     ("cocodiff.parallel",),
     ("cocodiff.exchange",),
     ("cocodiff.selective",),
@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cocodiff.pipeline",),
     ("cocodiff.wrap",),
     ("cocodiff",),  # the public names: cocodiff/__init__.py
-    ("cocodiff.quality", "cocodiff.bench"),
+    ("cocodiff.bench",),
     ("cocodiff.cli",),
 )
 

@@ -10,7 +10,6 @@ import typer
 from cocodiff.cli.bench import bench_app
 from cocodiff.cli.copies import copies
 from cocodiff.cli.generate import generate
-from cocodiff.cli.quality import quality
 from cocodiff.cli.report import report_app
 from cocodiff.cli.start import rank_words
 from cocodiff.errors import CocodiffError
@@ -22,7 +21,6 @@ app = typer.Typer(
     help="Diffusion transformers on many ranks.",
 )
 app.command()(generate)
-bench_app.command()(quality)
 bench_app.command()(copies)
 app.add_typer(bench_app, name="bench")
 app.add_typer(report_app, name="report")

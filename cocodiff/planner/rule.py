@@ -9,7 +9,7 @@ from cocodiff.errors import ConfigError
 from cocodiff.parallel.layout import axis_sizes, digits, outermost
 from cocodiff.parallel.mesh import Degrees
 from cocodiff.plan import ModelFacts, RunPlan, layer_costs
-from cocodiff.selective.schedule import is_told, slow_level
+from cocodiff.selective.schedule import coded_from, names_level
 from cocodiff.topology import Cluster
 
 
@@ -31,15 +31,15 @@ def plan_run(config: Config, cluster: Cluster, device_type: str, model: ModelFac
     plan = partial(RunPlan, exchange=config.exchange, schedule=config.schedule, pieces=config.pieces)
     if selective is None:
         return plan(degrees)
-    level = slow_level(selective, cluster, outermost(cluster.sizes))
+    level = coded_from(selective, cluster, outermost(cluster.sizes))
     if level is not None and fused:
         costs = layer_costs(cluster, degrees, config.exchange, device_type, model.width, model.itemsize)
-        if is_told(selective, cluster, level) or costs.worth_coding:
+        if names_level(selective, cluster, level) or costs.worth_coding:
             degrees = choose(selective=True)
     sequence = degrees.ring * degrees.ulysses
     crossed = outermost(axis_sizes(cluster.sizes, 1, sequence)) if sequence > 1 else -1
-    level = slow_level(selective, cluster, crossed)
-    always = level is not None and is_told(selective, cluster, level)
+    level = coded_from(selective, cluster, crossed)
+    always = level is not None and names_level(selective, cluster, level)
     return plan(degrees, selective=selective, coded_from=level, coded_always=always)
 
 

@@ -60,7 +60,7 @@ def _held_bytes(pipe, name):
     mesh, call = pipe.cocodiff.mesh, CALLS[name]
     streams = {"text": call.get("text_len", 7), "image": 9 * 7}
     branches = 1 + (call.get("guided", False) and mesh.degrees.cfg == 1)
-    layers, slow = [(7, 12)] * 2, pipe.cocodiff.engine.selection.slow
+    layers, slow = [(7, 12)] * 2, pipe.cocodiff.engine.links.level
     return max(
         held_bytes(mesh.cluster, mesh.degrees, slow, rank, streams, layers, call.get("batch", 1), branches)
         for rank in range(mesh.everyone.size)
