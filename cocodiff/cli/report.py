@@ -29,16 +29,18 @@ def trace(
     title: Annotated[str, typer.Option(help="Title of that drawing.")] = "one step",
 ) -> None:
     """Merge the traces of all ranks, and say how long compute waited, what was hidden and which rank was slowest."""
-    from cocodiff.observe import trace as reports
+    from cocodiff.observe.draw import plot_step
+    from cocodiff.observe.summary import describe, summary
+    from cocodiff.observe.trace import read_traces, spans_by_rank
 
-    events = reports.read_traces(folder)
+    events = read_traces(folder)
     merged = out or folder / "merged.json"
     try:
         merged.write_text(json.dumps({"traceEvents": events}))
     except OSError as error:
         raise ConfigError(f"{merged}: cannot be written ({error.strerror or error}).") from None
-    spans = reports.spans_by_rank(events)
-    print(reports.describe(reports.summary(spans)))
+    spans = spans_by_rank(events)
+    print(describe(summary(spans)))
     print(f"merged: {merged} (open it in https://ui.perfetto.dev)")
     if plot is not None:
-        reports.plot_step(spans, plot, title)
+        plot_step(spans, plot, title)
