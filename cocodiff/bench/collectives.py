@@ -1,7 +1,7 @@
-"""How long exchanges alone take, by size: ours (flat, staged) and torch.distributed's; and what the links are made of.
+"""Times exchanges by size, ours (flat, staged) and torch.distributed's, and fits latency and bandwidth of each level.
 
-Bandwidths are nccl-tests': of an all-to-all in which each rank sends `bytes` in all, its own part included, algorithm
-bandwidth is bytes / seconds and bus bandwidth that times (ranks - 1) / ranks.
+Bandwidths are defined as in nccl-tests. In an all-to-all each rank sends `bytes`, its own part included: the algorithm
+bandwidth is bytes / seconds, and the bus bandwidth is that times (ranks - 1) / ranks.
 """
 
 from __future__ import annotations
@@ -33,14 +33,16 @@ SIZES = tuple(4096 * 4**power for power in range(8))  # 4 KB to 64 MB
 def run_collectives(
     job: Job, cluster: str, largest: int, repeat: int, patience: float, say: Callable[[str], None]
 ) -> tuple[dict[str, Any], Cluster]:
-    """Every exchange at every size, in turn within one round. Collective.
+    """Time every exchange at every size, all exchanges in turn within one round. Collective.
 
     Args:
-        largest: bytes a rank at which to stop.
-        patience: seconds of one exchange beyond which no larger size is tried.
+        largest: the largest message, in bytes a rank.
+        repeat: timings of each exchange and size, after one that warms up.
+        patience: stop after the first size at which one exchange takes longer than this many seconds.
+        say: gets a line of progress.
 
     Returns:
-        the result as JSON values (docs/bench.md has the schema), and the cluster with what was measured in it.
+        The result as JSON values (docs/bench.md has the schema), and the cluster with the measured figures.
     """
     if job.world_size == 1 or job.host_group is None:
         raise ConfigError("one rank has nothing to exchange: start the bench under a launcher, or with --ranks.")
@@ -71,6 +73,7 @@ def run_collectives(
 
 
 def _slowest(run: Callable[[], Any], job: Job) -> float:
+    """Return the seconds that `run` takes on the slowest rank."""
     synchronize(job)
     began = time.perf_counter()
     run()
@@ -114,10 +117,11 @@ def _row(name: str, size: int, seconds: Sequence[float], ranks: int) -> dict[str
 
 
 def with_measurements(mesh: Mesh, rows: Sequence[dict[str, Any]], guessed: bool) -> Cluster:
-    """The mesh's cluster with each level's alpha and beta, and the exchanges' own times.
+    """Return the mesh's cluster with the fitted latency and bandwidth of each level and the times of the exchanges.
 
     Args:
-        guessed: it was detected: a level that was called slow for want of figures has some now.
+        guessed: the cluster was detected, so its levels outside the innermost are slow by assumption. With measured
+            figures `slow` becomes None, which lets these decide.
     """
 
     def points(name: str) -> tuple[tuple[float, float], ...]:
@@ -134,9 +138,9 @@ def with_measurements(mesh: Mesh, rows: Sequence[dict[str, Any]], guessed: bool)
 
 
 def fit(points: Sequence[tuple[float, float]], size: int) -> tuple[float, float]:
-    """Alpha (seconds a message) and beta (bytes per second of a rank) of an all-to-all among `size` parts.
+    """Fit alpha (seconds a message) and beta (bytes per second of a rank) of an all-to-all among `size` parts.
 
-    Least squares of the relative error of `(size - 1) * (alpha + bytes / size / beta)`.
+    They minimise the squared relative error of the model `(size - 1) * (alpha + bytes / size / beta)`.
 
     >>> alpha, beta = fit([(1000, 3 * (1.0 + 250 / 10)), (100000, 3 * (1.0 + 25000 / 10))], 4)
     >>> round(alpha, 6), round(beta, 6)
@@ -156,7 +160,7 @@ def fit(points: Sequence[tuple[float, float]], size: int) -> tuple[float, float]
 
 
 def collectives_table(result: dict[str, Any], cluster: Cluster) -> str:
-    """One row a size: milliseconds and bus bandwidth of each exchange, and what auto takes."""
+    """Return a Markdown table with a row for each size: times and bus bandwidths, and the choice of `auto`."""
     names = list(dict.fromkeys(row["exchange"] for row in result["rows"]))
     cell = {(row["exchange"], row["bytes"]): row for row in result["rows"]}
     lines = [

@@ -1,4 +1,4 @@
-"""What crosses the links: interface counters of the system, and the rate that a link really carries."""
+"""Measures links: the bytes that the system's interfaces count, and the payload rate that a link carries."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from cocodiff.plan import RunPlan
 from cocodiff.state import Session
 from cocodiff.topology import load_cluster
 
-GOODPUT_BYTES = 1_000_000, 16_000_000  # least and most through one link: what it carries in GOODPUT_SECONDS
+GOODPUT_BYTES = 1_000_000, 16_000_000  # least and most through one link; between them, what it carries in:
 GOODPUT_SECONDS = 5.0
 
 
 def interface_bytes(counters: str = "/proc/self/net/dev") -> int | None:
-    """Bytes ever sent by this host's interfaces but the loopback, or None where the system does not say.
+    """Return the bytes that this host's interfaces, except the loopback, ever sent; None if the system has no counters.
 
-    On a host of its own (a network namespace, a node) that is what crossed its links, headers in part included.
+    If the host is a node or a network namespace, these are the bytes that crossed its links, with some of the headers.
     """
     try:
         lines = Path(counters).read_text().splitlines()[2:]
@@ -38,12 +38,14 @@ def interface_bytes(counters: str = "/proc/self/net/dev") -> int | None:
 
 
 def inner_ranks(sizes: tuple[int, ...], level: int) -> int:
-    """Ranks of one part of a level: those that share the part's link."""
+    """Return the number of ranks in one part of a level; they share the part's link."""
     return math.prod(sizes[:level])
 
 
 def busiest_links(sent: list[list[int]], sizes: tuple[int, ...]) -> list[int]:
-    """Bytes out through the busiest link of each level; `sent[rank][level]`. Outer messages cross inner links, too.
+    """Return the bytes out through the busiest link of each level, from `sent[rank][level]`.
+
+    Messages of outer levels cross inner links, too.
 
     >>> busiest_links([[1, 10], [1, 10], [1, 10], [1, 10]], (2, 2))
     [11, 20]
