@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,27 @@ COPY_BYTES = 2 * COPY_DTYPE.itemsize  # of an element: value and velocity
 
 Rows = slice | Tensor
 Route = tuple[int, int]  # from a rank to another; from a rank to itself for what goes around a ring
+ENDS = ("send", "receive")
+
+
+class CopyKey(NamedTuple):
+    """Which copy this is.
+
+    Attributes:
+        branch: of guidance, a number.
+        layer: a number.
+        label: "v", "k", "q" or "o".
+        end: "send" or "receive".
+        piece: of the layer's rows: "0", "1", ..., or "ring 0", ... for keys and values that go around a ring.
+        part: of the ring, or of the piece's blocks those of one width.
+    """
+
+    branch: int
+    layer: int
+    label: str
+    end: str
+    piece: str
+    part: int = 0
 
 
 @dataclass
@@ -41,7 +62,7 @@ class Held:
 
     Attributes:
         routes: rows of each block, and the ranks from and to which they go.
-        reference: what the paper's rule compares with: the sender's own last values.
+        reference: the sender's own last values, with which `v_major` compares.
     """
 
     value: Tensor
@@ -88,17 +109,17 @@ class Copies:
     """Everything that this rank holds, as a sender and as a receiver."""
 
     def __init__(self) -> None:
-        self._held: dict[tuple[Hashable, ...], Held] = {}  # key: (branch, layer, tensor, end, piece, ...)
+        self._held: dict[CopyKey, Held] = {}
 
-    def get(self, key: tuple[Hashable, ...]) -> Held | None:
+    def get(self, key: CopyKey) -> Held | None:
         """None where nothing is held yet."""
         return self._held.get(key)
 
-    def forget(self, branch: Hashable) -> None:
-        """All of one branch."""
-        self._held = {key: held for key, held in self._held.items() if key[0] != branch}
+    def forget(self, branch: int) -> None:
+        """Drop the copies of one branch."""
+        self._held = {key: held for key, held in self._held.items() if key.branch != branch}
 
-    def put(self, key: tuple[Hashable, ...], held: Held) -> None:
+    def put(self, key: CopyKey, held: Held) -> None:
         self._held[key] = held
 
     @property
@@ -108,17 +129,19 @@ class Copies:
         return sum(x.numel() * x.itemsize for x in tensors if x is not None)
 
     def digests(self, end: str) -> dict[str, str]:
-        """A hash of each block that one end holds ("send" or "receive"): the other end's is the same, by the same name.
+        """A hash of each block that one end holds ("send" or "receive"); the other end has the same by the same name.
 
-        The name is of (branch, layer, tensor, piece, route).
+        The name consists of branch, layer, label, piece and route.
         """
         found = {}
-        for (branch, layer, label, of, piece, *_), held in self._held.items():
+        for key, held in self._held.items():
+            if key.end != end:
+                continue
             start = 0
             for rows, route in held.routes:
                 both = torch.stack([x[start : start + rows] for x in (held.value, held.velocity)])
                 start += rows
-                if of == end:
-                    bits = both.cpu().contiguous().view(torch.uint8).numpy().tobytes()
-                    found[str((branch, layer, label, piece, route))] = hashlib.sha256(bits).hexdigest()
+                bits = both.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+                name = str((key.branch, key.layer, key.label, key.piece, route))
+                found[name] = hashlib.sha256(bits).hexdigest()
         return found
