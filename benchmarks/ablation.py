@@ -66,8 +66,8 @@ def replaced(*changes: tuple[Any, str, Any]) -> Iterator[None]:
 
 def variants(engine: Any) -> dict[str, Callable[[], Any]]:
     plan = engine.plan
-    whole = (engine, "plan", lambda *size: (plan(*size)[0], 1))
-    staged = (engine, "plan", lambda *size: (engine.staged, plan(*size)[1]))
+    whole = (engine, "plan", lambda *size: (plan(*size)[0], 1, plan(*size)[2]))
+    staged = (engine, "plan", lambda *size: (engine.staged, *plan(*size)[1:]))
     blocking = (AllToAll, "begin", lambda work, send: None)
     gloo = (AllToAll, "__call__", gloo_all_to_all)
     late_mlp = (ParallelLayer, "beside", lambda layer: None), (ParallelLayer, "finish", mlp_at_the_end)
@@ -91,7 +91,7 @@ def ring_variants(engine: Any) -> dict[str, Callable[[], Any]]:
         "exact": contextlib.nullcontext,
         "without attending to what is here first": lambda: replaced(at_once),
         "without finishing a piece as soon as it is attended": lambda: replaced(at_the_end),
-        "without pieces": lambda: replaced((engine, "plan", lambda *size: (plan(*size)[0], 1))),
+        "without pieces": lambda: replaced((engine, "plan", lambda *size: (plan(*size)[0], 1, plan(*size)[2]))),
     }
 
 

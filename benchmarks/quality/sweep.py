@@ -23,8 +23,9 @@ from benchmarks.quality.metrics import psnr, relative_error, ssim
 from benchmarks.quality.simulate import Comparison, Hosts, Played, Rounding, Simulation
 from cocodiff.config import Selective
 from cocodiff.errors import ConfigError
+from cocodiff.models.small import tiny_pipeline
 from cocodiff.selective.schedule import codings
-from cocodiff.tiny import pictures, tiny_pipeline
+from cocodiff.tiny import pictures
 from cocodiff.tiny.check import check_picture
 from cocodiff.tiny.models import TEXT_TOKENS
 

@@ -20,7 +20,7 @@ def copies(
 ) -> None:
     """The held copies of each shape: GB on the rank that holds most. Nothing is run."""
     from cocodiff.bench.shapes import named_shape
-    from cocodiff.parallel.mesh import choose_degrees
+    from cocodiff.planner import choose_degrees
     from cocodiff.selective.memory import held_bytes
     from cocodiff.topology import load_cluster
 

@@ -1,4 +1,4 @@
-"""How many bytes this rank has sent to other ranks, by level of the cluster and by tensor."""
+"""Counts the bytes that this rank sends to other ranks, by level of the cluster and by tensor."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 
 @dataclass
 class ByteCounter:
-    """Counted where exchanges start, from their sizes: payload alone, what a rank keeps for itself excluded.
+    """Counts payload where exchanges start, from their sizes. What a rank keeps for itself is not counted.
 
     Attributes:
         sent: (level, label) -> bytes.
-        exact: the same, had everything been sent as it is.
+        exact: (level, label) -> bytes that an exact run would have sent.
 
     >>> counter = ByteCounter()
     >>> counter.add("v", (8, 16), exact=(8, 64))
@@ -30,7 +30,7 @@ class ByteCounter:
             self.exact[level, label] += count if exact is None else exact[level]
 
     def snapshot(self) -> tuple[Counter, Counter]:
-        """`sent` and `exact`, as they are now."""
+        """Return copies of `sent` and `exact`."""
         return Counter(self.sent), Counter(self.exact)
 
     def clear(self) -> None:
@@ -45,6 +45,3 @@ class ByteCounter:
         for (_, label), count in self.sent.items():
             totals[label] += count
         return dict(totals)
-
-
-Tally = ByteCounter  # until its users move

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from cocodiff.parallel.layout import Layout, axis_sizes, split_sizes, to_heads_traffic, to_sequence_traffic
-from cocodiff.parallel.mesh import Degrees, outermost
+from cocodiff.parallel.layout import Layout, axis_sizes, outermost, split_sizes, to_heads_traffic, to_sequence_traffic
+from cocodiff.parallel.mesh import Degrees
 from cocodiff.parallel.tokens import Tokens
 from cocodiff.selective.copies import COPY_BYTES, ENDS
 from cocodiff.selective.crossing import blocks_of, crossed

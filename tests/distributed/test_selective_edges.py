@@ -58,7 +58,7 @@ def _checks():
 
     import cocodiff
     from cocodiff import Selective
-    from cocodiff.pipeline.call_report import CopiesDiffer
+    from cocodiff.errors import CopiesDifferError
 
     found, cluster = {}, _cluster(2, 2)
     exact = _pipeline()(**_call(24)).images
@@ -70,7 +70,7 @@ def _checks():
     assert str(pipe.cocodiff.mesh).startswith("cfg 1 x ring 2 x ulysses 2"), "keys and values alone at two nodes"
     for name, control in {"missed update": _missed_update(3), "wrong index": _wrong_index(1)}.items():
         with control:
-            found[name] = _said(CopiesDiffer, lambda: pipe(**_call(24)))
+            found[name] = _said(CopiesDifferError, lambda: pipe(**_call(24)))
     pipe(**_call(24))  # and all is well again
     cocodiff.unwrap(pipe)
 
@@ -115,7 +115,7 @@ def test_both_ends_are_compared_and_errors_are_bounded():
 def _simulated(ring):
     from benchmarks.quality.simulate import Hosts, Simulation
     from cocodiff.config import Selective
-    from cocodiff.tiny import tiny_pipeline
+    from cocodiff.models.small import tiny_pipeline
 
     pipe = tiny_pipeline()
     simulation = Simulation(Selective(budget=1 / 16), Hosts(ring=ring), {"text": 16, "image": 256}, 24)
@@ -141,7 +141,7 @@ def _real(ring, expected):
     """The simulation counts against two bytes an element; these ranks send four: the same bits are half the share."""
     import cocodiff
     from cocodiff import Selective
-    from cocodiff.tiny import tiny_pipeline
+    from cocodiff.models.small import tiny_pipeline
 
     simulated, share, exact = expected
     pipe = cocodiff.wrap(
