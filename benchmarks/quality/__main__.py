@@ -25,16 +25,22 @@ from cocodiff.tiny import pictures
 def main(
     out: Annotated[Path, typer.Option(help="A folder; units whose results are there are not run again.")],
     tasks: Annotated[str, typer.Option(help="text2image and inpaint, with commas.")] = "text2image,inpaint",
-    steps: Annotated[str, typer.Option(help="With commas.")] = "28,50",
-    hosts: Annotated[str, typer.Option(help="Hosts x ranks of each, with commas.")] = "2x2",
-    crossing: Annotated[str, typer.Option(help="ulysses (Q, K, V, O cross), ring (K and V).")] = "ulysses,ring",
-    methods: Annotated[str, typer.Option(help="rounding, predicted, v_major, .. with commas.")] = "rounding,predicted",
-    budgets: Annotated[str, typer.Option(help="Shares of an exact bfloat16 wire.")] = "1/2,1/4,1/8,1/16,1/32",
-    captions: Annotated[int, typer.Option(min=1, max=64, help="Held-out captions.")] = 64,
-    seeds: Annotated[int, typer.Option(min=1, help="Of each caption.")] = 2,
+    steps: Annotated[str, typer.Option(help="Steps of a run; several with commas.")] = "28,50",
+    hosts: Annotated[str, typer.Option(help="Hosts x ranks of each host; several with commas.")] = "2x2",
+    crossing: Annotated[
+        str, typer.Option(help="What crosses: ulysses (Q, K, V and O), ring (K and V), or both with a comma.")
+    ] = "ulysses,ring",
+    methods: Annotated[
+        str, typer.Option(help="rounding, predicted, v_major, ...; several with commas.")
+    ] = "rounding,predicted",
+    budgets: Annotated[
+        str, typer.Option(help="Shares of the bytes of an exact bfloat16 wire, with commas.")
+    ] = "1/2,1/4,1/8,1/16,1/32",
+    captions: Annotated[int, typer.Option(min=1, max=64, help="How many of the held-out captions.")] = 64,
+    seeds: Annotated[int, typer.Option(min=1, help="Pictures of each caption.")] = 2,
     part: Annotated[str, typer.Option(help="1/2 and 2/2: two processes share the units.")] = "1/1",
-    threads: Annotated[int | None, typer.Option(min=1, help="Of this process.")] = None,
-    sheet: Annotated[bool, typer.Option(help="Draw the contact sheet, too.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of this process.")] = None,
+    sheet: Annotated[bool, typer.Option(help="Also draw the contact sheet.")] = False,
 ) -> None:
     """Draw every method at every budget in one process that plays all ranks; then a table and a plot of all in OUT."""
     names = tasks.split(",")

@@ -35,7 +35,7 @@ class Hosts:
     """Ranks on hosts that a slow link joins.
 
     Attributes:
-        ring: keys and values alone cross, each host being a part; else all four tensors do (ulysses over all ranks).
+        ring: only keys and values cross, each host being a part; else all four tensors do (ulysses over all ranks).
     """
 
     hosts: int = 2

@@ -27,11 +27,10 @@ from cocodiff.selective.parcel import Parcel
 
 @dataclass(frozen=True)
 class SlowLinks:
-    """Where transmission is selective, and the lanes beside those of the links.
+    """Where transmission is selective, and the lanes on which rows are encoded and decoded.
 
     Attributes:
         level: the innermost slow level of the cluster; all outside it are slow, too.
-        encoding, decoding: one lane each.
     """
 
     level: int
@@ -41,11 +40,11 @@ class SlowLinks:
 
 @dataclass(frozen=True)
 class CodedAxis:
-    """The ranks along an axis of the mesh that slow links join.
+    """An axis of the mesh that crosses slow links.
 
     Attributes:
-        transport: among them.
-        ranks: their numbers in the run, which name the ends of what travels.
+        transport: moves bytes among the ranks of the axis.
+        ranks: their numbers in the run, which name both ends of what travels.
     """
 
     transport: Transport
@@ -55,10 +54,11 @@ class CodedAxis:
 
 @dataclass(frozen=True)
 class Part:
-    """Consecutive blocks of a buffer: as they are, or as one parcel.
+    """Consecutive blocks of a buffer, which travel as they are or as one parcel.
 
     Attributes:
-        counts: bytes of each block on the wire, and `exact` as it is.
+        counts: bytes of each block on the wire.
+        exact: bytes of each block as it is.
     """
 
     blocks: tuple[Block, ...]
@@ -72,10 +72,10 @@ class Part:
 
 
 class SelectiveExchange:
-    """Blocks from every rank to every rank, exact where they cross no slow level: for one layer in one forward.
+    """Moves blocks from every rank to every rank, exact where they cross no slow level: one layer in one forward.
 
     Args:
-        staged: takes the levels inside the slow ones, a stage each; None for all at once.
+        staged: moves blocks through the levels inside the slow ones first; None where one exchange crosses all levels.
     """
 
     name = "selective"
@@ -113,7 +113,7 @@ class SelectiveExchange:
         return links.decoding.submit(decode, message, label)
 
     def _parts(self, traffic: Traffic, label: str, end: str, piece: str, itemsize: int) -> Iterator[Part]:
-        """Neighbouring blocks of one width make one parcel."""
+        """Cut a buffer into parts: neighbouring blocks of one width make one parcel."""
         transport, ranks = self._axis.transport, self._axis.ranks
         staged = self._staged is not None
         blocks = blocks_of(traffic, transport.sizes, transport.rank, self._axis.links.level, staged, end)
@@ -129,7 +129,7 @@ class SelectiveExchange:
             yield Part(several, tuple(parcel.block_bytes), exact, parcel)
 
     def _splits(self, parts: Sequence[Part], exact: bool = False) -> list[int]:
-        """Bytes for, or of, each rank."""
+        """Sum the bytes for, or of, each rank."""
         splits = [0] * self._axis.transport.size
         for part in parts:
             for block, count in zip(part.blocks, part.exact if exact else part.counts, strict=True):

@@ -22,7 +22,8 @@ class LayerCoding:
     """One layer in one forward.
 
     Attributes:
-        branch, step, layer: their numbers; `time` of the step, as in `cocodiff.selective.copies`.
+        branch, layer, step: their numbers.
+        time: of the step, as in `cocodiff.selective.copies`.
         missed: gets the errors of what is encoded.
     """
 
@@ -36,24 +37,24 @@ class LayerCoding:
     _pieces: Counter[str] = field(default_factory=Counter)
 
     def next_piece(self, label: str) -> int:
-        """The number of the next exchange of this label: 0, 1, ... for the pieces of a layer."""
+        """Number the next exchange of this label: 0, 1, ... for the pieces of a layer."""
         self._pieces[label] += 1
         return self._pieces[label] - 1
 
     def parcel(
         self, label: str, place: Place, blocks: tuple[int, ...], routes: tuple[Route, ...], width: int, itemsize: int
     ) -> Parcel:
-        """Some blocks on their way, as of `Parcel`; `place` tells the copies of one layer and label apart."""
+        """Make the parcel of some blocks; `place` distinguishes the copies of one layer and label."""
         key = CopyKey(self.branch, self.layer, label, *place)
         coding = self.schedule.coding(width, itemsize, first=self.codec.copies.get(key) is None)
         return Parcel(key, blocks, routes, width, itemsize, coding, self.time)
 
     def encode(self, parcel: Parcel, elements: Tensor) -> Tensor:
-        """A one-dimensional buffer of the parcel's elements -> its payload, one-dimensional, uint8."""
+        """Encode a one-dimensional buffer of the parcel's elements to its payload, one-dimensional, uint8."""
         payload, norms = self.codec.encode(parcel, elements.view(-1, parcel.width))
         self.missed[self.step, self.layer, parcel.key.label].append(norms)
         return payload
 
     def decode(self, parcel: Parcel, payload: Tensor, dtype: torch.dtype) -> Tensor:
-        """A payload -> the parcel's elements, one-dimensional."""
+        """Decode a payload to the parcel's elements, one-dimensional."""
         return self.codec.decode(parcel, payload, dtype).flatten()

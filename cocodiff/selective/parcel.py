@@ -25,7 +25,7 @@ class Parcel:
 
     Attributes:
         key: of the copy.
-        blocks: rows of each, and `routes` their ranks.
+        blocks: rows of each block, and `routes`: from which rank to which it goes.
         itemsize: bytes of an element as it is.
         coding: of this step.
         time: of the run, as in `cocodiff.selective.copies`.
@@ -50,12 +50,12 @@ class Parcel:
 
     @property
     def row_bytes(self) -> int:
-        """Of a row that travels."""
+        """Bytes of a row that travels."""
         return self.coding.row_bytes(self.width, self.itemsize)
 
     @property
     def block_bytes(self) -> list[int]:
-        """Of the payload, for each block."""
+        """Bytes of each block in the payload."""
         return [self.coding.block_bytes(rows, self.row_bytes, self.key.label) for rows in self.blocks]
 
 
@@ -65,14 +65,18 @@ class Codec(Protocol):
     copies: Copies
 
     def encode(self, parcel: Parcel, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`(R, W)` -> payload (one-dimensional, uint8), and the squared norms of what it misses and of `x`, `(2,)`."""
+        """Encode rows `(R, W)`.
+
+        Returns:
+            The payload, one-dimensional, uint8, and the squared norms of what it misses and of `x`, `(2,)`.
+        """
 
     def decode(self, parcel: Parcel, payload: Tensor, dtype: torch.dtype) -> Tensor:
-        """What the receiver has after a payload, `(R, W)`."""
+        """Decode a payload to what the receiver has after it, `(R, W)`."""
 
 
 def held_rows(copies: Copies, parcel: Parcel, like: Tensor) -> Held:
-    """The parcel's copy; made, of zeros on the device of `like`, before its first exchange."""
+    """Find the parcel's copy; before its first exchange make one, of zeros on the device of `like`."""
     held = copies.get(parcel.key)
     if held is None:
         assert parcel.whole, "the first exchange of a copy has all rows"
@@ -84,7 +88,7 @@ def held_rows(copies: Copies, parcel: Parcel, like: Tensor) -> Held:
 
 
 def highest(parcel: Parcel, scores: Tensor) -> Tensor:
-    """The rows of each block with the highest of the scores `(R,)`, so many as travel: `(K,)`, in order."""
+    """Choose the rows of each block that have the highest scores `(R,)`, as many as travel: `(K,)`, in order."""
     each, start = [], 0
     for rows in parcel.blocks:
         best = scores[start : start + rows].topk(parcel.coding.chosen(rows)).indices
@@ -94,7 +98,7 @@ def highest(parcel: Parcel, scores: Tensor) -> Tensor:
 
 
 def with_masks(parcel: Parcel, coded: Tensor, chosen: Tensor) -> Tensor:
-    """The chosen rows, `(K, bytes of a row)` -> the payload."""
+    """Make a payload of the chosen rows, `(K, bytes of a row)`."""
     mask = torch.zeros(parcel.rows, dtype=torch.bool, device=coded.device)
     mask[chosen] = True
     counts = [parcel.coding.chosen(rows) for rows in parcel.blocks]
@@ -107,7 +111,7 @@ def with_masks(parcel: Parcel, coded: Tensor, chosen: Tensor) -> Tensor:
 
 
 def without_masks(parcel: Parcel, payload: Tensor) -> tuple[Tensor, Tensor]:
-    """A payload -> which rows travelled, `(K,)`, and they themselves, `(K, bytes of a row)`.
+    """Take a payload apart: which rows travelled, `(K,)`, and those rows, `(K, bytes of a row)`.
 
     Where a block has no mask though only some of its rows travelled, the first so many stand for those.
     """
@@ -125,5 +129,5 @@ def without_masks(parcel: Parcel, payload: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def squared_norms(missed: Tensor, own: Tensor) -> Tensor:
-    """Of what a parcel misses and of what it had to carry, `(2,)`."""
+    """Squared norms of what a parcel misses and of what it had to carry, `(2,)`."""
     return torch.stack([torch.linalg.vector_norm(missed), torch.linalg.vector_norm(own)]).square()

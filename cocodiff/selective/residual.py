@@ -21,7 +21,7 @@ LARGEST_ROTATION = 64  # elements that are mixed: a row is cut into equal parts 
 
 
 class ResidualCodec:
-    """`cocodiff.selective.parcel.Codec`. It may play both ends, by their keys.
+    """A `Codec`. One object may play both ends: parcels have their keys.
 
     >>> from dataclasses import replace
     >>> from cocodiff.selective.copies import CopyKey
@@ -69,7 +69,7 @@ class ResidualCodec:
 
 
 def _encode_some(parcel: Parcel, held: Held, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows whose residuals are largest travel; the others stay as they are held."""
+    """Encode the rows whose residuals are largest; the others stay as they are held."""
     own = rotated(x.float())
     base = _base(parcel, held, slice(None))[1]
     chosen = highest(parcel, torch.linalg.vector_norm(own - base, dim=1))
@@ -81,7 +81,7 @@ def _encode_some(parcel: Parcel, held: Held, x: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _decode_some(parcel: Parcel, held: Held, payload: Tensor) -> Tensor:
-    """`(R, W)` float32."""
+    """Decode the rows that travelled and return all, `(R, W)` float32."""
     chosen, coded = without_masks(parcel, payload)
     before, base = _base(parcel, held, chosen)
     new = base.addcmul_(*codes.decode(coded, parcel.width, parcel.coding.bits))
@@ -91,18 +91,18 @@ def _decode_some(parcel: Parcel, held: Held, payload: Tensor) -> Tensor:
 
 
 def _base(parcel: Parcel, held: Held, rows: Rows) -> tuple[Tensor, Tensor]:
-    """Some rows as they are held, and what is subtracted from them (memory of its own), float32."""
+    """Return some rows as they are held, and what is subtracted from their new values (own memory), float32."""
     return held.predict(rows, parcel.time, DAMPING[parcel.coding.bits] if parcel.coding.predicted else 0.0)
 
 
 def _age(parcel: Parcel, held: Held) -> None:
-    """Where some rows travelled the copy is of now; where none did it keeps its time."""
+    """Set the copy's time where some rows travelled; where none did it keeps the old one."""
     if parcel.coding.share:
         held.time = parcel.time
 
 
 def rotated(x: Tensor, back: bool = False) -> Tensor:
-    """Each row of `(R, W)` in a basis where all its elements are alike, and back: one scale then fits them all."""
+    """Rotate each row of `(R, W)` so that all its elements are alike and one scale fits them, or rotate it back."""
     size = max(part for part in range(1, min(x.shape[1], LARGEST_ROTATION) + 1) if x.shape[1] % part == 0)
     matrix = _rotation(size, x.device)
     return (x.reshape(-1, size) @ (matrix.T if back else matrix)).view(x.shape)
@@ -110,14 +110,14 @@ def rotated(x: Tensor, back: bool = False) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _rotation(size: int, device: torch.device) -> Tensor:
-    """An orthogonal matrix, on all ranks the same."""
+    """Make a random orthogonal matrix, the same on all ranks."""
     generator = torch.Generator().manual_seed(0)
     random = torch.randn(size, size, generator=generator, dtype=torch.float64, device="cpu")
     return torch.linalg.qr(random).Q.to(device, torch.float32)
 
 
 def rows_at_a_time(x: Tensor) -> list[slice]:
-    """Rows of `(R, W)` in cuts that a core's cache holds; all at once where `x` is not on a CPU."""
+    """Cut the rows of `(R, W)` so that a core's cache holds each cut; one cut where `x` is not on a CPU."""
     rows, width = x.shape
     cut = max(1, CACHED_ELEMENTS // width) if x.device.type == "cpu" else max(rows, 1)
     return [slice(start, min(start + cut, rows)) for start in range(0, rows, cut)]

@@ -16,13 +16,16 @@ from cocodiff.selective.parcel import Parcel
 
 
 class SelectiveRing:
-    """`Ring` of one layer in one forward. All who receive a part hold the same copy of it, so its sender keeps one."""
+    """Does what `Ring` does, for one layer in one forward.
+
+    All ranks that receive a part hold the same copy of it, so its sender keeps one.
+    """
 
     def __init__(self, axis: CodedAxis, coding: LayerCoding) -> None:
         self._axis, self._coding = axis, coding
 
     def start(self, own: Ticket, rows: Sequence[int], width: int, dtype: torch.dtype, label: str) -> list[Ticket]:
-        """As of `Ring`."""
+        """Send and receive the parts as `Ring.start` does."""
         transport, links, coding, size = self._axis.transport, self._axis.links, self._coding, len(rows)
         behind, ahead = (transport.rank - 1) % size, (transport.rank + 1) % size
         piece = f"ring {coding.next_piece(f'{label} ring')}"

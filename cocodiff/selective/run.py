@@ -111,7 +111,7 @@ class SelectiveCall:
         kv_only: only keys and values cross slow links.
         times: of the scheduler, one for each forward that a branch makes; known in the first forward.
         branches: of guidance that are forwards of their own.
-        say: warns once about one thing: (about, text).
+        say: takes a topic and a text, and warns once about each topic.
 
     Attributes:
         missed: squared norms of what was missed and of what had to be carried.
@@ -156,14 +156,14 @@ class SelectiveCall:
     def step(
         self, conditioning: Tensor, latents: Tensor, shape: Hashable, branch_name: str | None = None
     ) -> StepCoding | None:
-        """A forward begins: what it sends, or None where it is exact.
+        """Begin a forward and return what it sends over slow links; None where it is exact.
 
         Conditions that are new (a callback that changes the prompt) begin a branch's schedule of bits anew. What the
         branch holds is then of no use, nor is it for another `shape`, and all ranks forget it at once.
 
         Args:
             conditioning: the prompt's embeddings, by whose values a branch without a name is recognised.
-            latents: branches whose conditions are equal are told apart by these: each sees them once.
+            latents: branches whose conditions are equal are distinguished by these: each sees them once.
             shape: whatever decides the sizes of messages.
             branch_name: what diffusers calls the branch of guidance. Names beyond the expected number of branches are
                 of forwards now and then, which are exact.
@@ -206,7 +206,7 @@ class SelectiveCall:
             self._say(text, text)
 
     def _find(self, conditioning: Tensor, latents: Tensor, name: str | None) -> tuple[int | None, bool]:
-        """The number of a forward's branch, None for a new one, and whether its conditions are others than before."""
+        """Find the number of a forward's branch, None for a new one, and whether its conditions have changed."""
         if name is not None:
             number = next((number for number, branch in enumerate(self._seen) if branch.name == name), None)
             return number, number is not None and not self._seen[number].conditioning.recognises(conditioning)
@@ -223,7 +223,7 @@ class SelectiveCall:
         return min(range(self.branches), key=turn), True
 
     def forwarded(self, coding: StepCoding, max_over_sequence: Callable[[Tensor], float]) -> None:
-        """A forward has ended: raise later steps where its error passed `max_error`; free copies after the last one.
+        """End a forward: raise later steps where its error passed `max_error`; free copies after the last one.
 
         Args:
             max_over_sequence: the largest of a number on all ranks of the sequence. Collective.
@@ -235,7 +235,7 @@ class SelectiveCall:
             self.free()
 
     def _guard(self, step: int, bound: float, max_over_sequence: Callable[[Tensor], float]) -> None:
-        """After a step whose error, the largest of any rank's, passes the bound, all later ones carry more.
+        """Let all steps after one whose error, the largest of any rank, passes the bound carry more bits.
 
         What was raised stays: with a rung less the error is 2 to 11 times as large, and passes it again.
         """
@@ -247,7 +247,7 @@ class SelectiveCall:
         self.guarded.append((step, error, self._rungs))
 
     def cover(self, coded: int, layers: int) -> None:
-        """So many layers of all are selective in this call."""
+        """Note how many layers are selective in this call, and how many there are."""
         self.coded = coded, layers
 
     def judge(self, errors: Sequence[float]) -> None:

@@ -62,7 +62,7 @@ SHORT_RUN = 20
 
 
 def budget_of(selective: Selective, kv_only: bool) -> tuple[str, float]:
-    """The name of the field that counts, and its value.
+    """Return the name and the value of the budget that applies.
 
     Args:
         kv_only: only keys and values cross slow links.
@@ -73,12 +73,12 @@ def budget_of(selective: Selective, kv_only: bool) -> tuple[str, float]:
 
 
 def share(selective: Selective, steps: int, kv_only: bool = False) -> float:
-    """Share of the bytes of an exact exchange, over a run of so many steps: short runs send more, 1 means exact."""
+    """Return the share of an exact run's bytes that a run of so many steps sends: short ones send more, 1 is exact."""
     return min(1.0, budget_of(selective, kv_only)[1] * max(1.0, SHORT_RUN / steps))
 
 
 def codings(selective: Selective, steps: int, width: int, itemsize: int, kv_only: bool = False) -> tuple[Coding, ...]:
-    """What each step of a run sends whose `share` is below 1; the mean over the steps is at most that share.
+    """Plan what each step sends, in a run whose `share` is below 1; the mean over the steps is at most that share.
 
     Args:
         width: elements of a row, of `itemsize` bytes each.
@@ -131,7 +131,7 @@ class StepSchedule:
         return share(self.selective, self.steps, self.kv_only)
 
     def coding(self, width: int, itemsize: int, first: bool) -> Coding:
-        """How rows of a width travel; `first` where the receiver holds nothing, so that all rows must come.
+        """Return how rows of a width travel; `first` where the receiver holds nothing, so that all rows must come.
 
         Raises:
             ConfigError: the budget cannot hold what the first step needs.
@@ -144,7 +144,7 @@ class StepSchedule:
 
 
 def coded_from(selective: Selective, cluster: Cluster, crossed: int) -> int | None:
-    """The innermost level where transmission is selective; None where that is outside all levels that are crossed.
+    """Find the innermost level where transmission is selective; None where no such level is crossed.
 
     Args:
         crossed: the outermost level that the ranks cross.
@@ -212,6 +212,6 @@ def _falling_shares(selective: Selective, sendable: float, steps: int, mask: flo
 
 
 def _rounded_up(number: float) -> str:
-    """To three significant digits."""
+    """Round up to three significant digits."""
     unit = 10.0 ** (math.floor(math.log10(number)) - 2)
     return f"{math.ceil(number / unit) * unit:.3g}"

@@ -15,7 +15,7 @@ from cocodiff.selective.parcel import Parcel, held_rows, highest, squared_norms,
 
 
 class VMajorCodec:
-    """`cocodiff.selective.parcel.Codec`. It may play both ends, by their keys."""
+    """A `Codec`. One object may play both ends: parcels have their keys."""
 
     def __init__(self, copies: Copies) -> None:
         self.copies = copies
@@ -31,7 +31,7 @@ class VMajorCodec:
             chosen = highest(parcel, _summed_over_peers(scores, parcel) if parcel.key.label == "v" else scores)
             self._remember(parcel, chosen)
         _take(parcel, held, chosen, own[chosen])
-        if parcel.coding.share < 1:
+        if parcel.coding.share < 1:  # after a whole step the next one still compares with the step before that
             held.reference = own.to(COPY_DTYPE)
         missed = own - held.value.float()
         missed[chosen] = 0.0  # what is held of them is rounded, but they travelled as they are
@@ -70,7 +70,7 @@ def _take(parcel: Parcel, held: Held, chosen: Tensor, new: Tensor) -> None:
 
 
 def _summed_over_peers(scores: Tensor, parcel: Parcel) -> Tensor:
-    """Sums over what a rank has for its peers: the same tokens, for other heads. One mask is for all of them."""
+    """Sum scores over what a rank has for its peers, the same tokens for other heads: one mask is for all of them."""
     each = scores.split(list(parcel.blocks))
     totals: dict[int, Tensor] = {}
     for (source, _), mine in zip(parcel.routes, each, strict=True):
