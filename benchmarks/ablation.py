@@ -42,7 +42,7 @@ def k_and_v_together(flight: Flight, piece: int, inputs: Any) -> None:
 
 def mlp_at_the_end(layer: ParallelLayer, piece: int, attended: Tensor, beside: None) -> Any:
     """In place of the MLP under the exchanges: it runs when the output has arrived, on the rows of a piece."""
-    rows = SimpleNamespace(normed_all=lambda: layer.normed[piece][0])
+    rows: Any = SimpleNamespace(normed_all=lambda: layer.normed[piece][0])
     return FINISH(layer, piece, attended, layer._mlp(rows))
 
 
@@ -66,8 +66,8 @@ def replaced(*changes: tuple[Any, str, Any]) -> Iterator[None]:
 
 def variants(engine: Any) -> dict[str, Callable[[], Any]]:
     plan = engine.plan
-    whole = (engine, "plan", lambda *size: (plan(*size)[0], 1))
-    staged = (engine, "plan", lambda *size: (engine.staged, plan(*size)[1]))
+    whole = (engine, "plan", lambda *size: (plan(*size)[0], 1, plan(*size)[2]))
+    staged = (engine, "plan", lambda *size: (engine.staged, *plan(*size)[1:]))
     blocking = (AllToAll, "begin", lambda work, send: None)
     gloo = (AllToAll, "__call__", gloo_all_to_all)
     late_mlp = (ParallelLayer, "beside", lambda layer: None), (ParallelLayer, "finish", mlp_at_the_end)
@@ -91,7 +91,7 @@ def ring_variants(engine: Any) -> dict[str, Callable[[], Any]]:
         "exact": contextlib.nullcontext,
         "without attending to what is here first": lambda: replaced(at_once),
         "without finishing a piece as soon as it is attended": lambda: replaced(at_the_end),
-        "without pieces": lambda: replaced((engine, "plan", lambda *size: (plan(*size)[0], 1))),
+        "without pieces": lambda: replaced((engine, "plan", lambda *size: (plan(*size)[0], 1, plan(*size)[2]))),
     }
 
 
@@ -131,12 +131,12 @@ def main() -> None:
     if job.is_main:
         exact_seconds = statistics.median(seconds["exact"])
         print("| variant | seconds a step (least, most) | times exact | differs from exact by |\n|---|---|---|---|")
-        for name, taken in seconds.items():
+        for name, times in seconds.items():
             away = (outputs[name] - outputs["exact"]).norm() / outputs["exact"].norm()
             shown = "" if name == "compute" else f"{away.item():.0e}"
-            middle = statistics.median(taken)
+            middle = statistics.median(times)
             print(
-                f"| {name} | {middle:.3f} ({min(taken):.3f}, {max(taken):.3f}) "
+                f"| {name} | {middle:.3f} ({min(times):.3f}, {max(times):.3f}) "
                 f"| {middle / exact_seconds:.2f} | {shown} |"
             )
 

@@ -1,15 +1,24 @@
-"""One table of all results of `cocodiff bench --save benchmarks/results`, into benchmarks/results/README.md."""
+"""Writes the tables of benchmarks/results from the JSON files that `cocodiff bench --save` left there.
+
+    python benchmarks/summary.py
+
+README.md holds the runs of `exact`, meshes/README.md those of every mesh, selective/README.md those of selective
+transmission. Figures are copied, never changed.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from cocodiff.parallel.layout import axis_sizes
-from cocodiff.parallel.mesh import choose_degrees, outward_bytes
+from cocodiff.planner import choose_degrees, outward_bytes
 from cocodiff.topology import Cluster, Level
 
 RESULTS = Path(__file__).parent / "results"
+Json = dict[str, Any]
+
 HEAD = """# Results
 
 Each row is one run of `cocodiff bench`, with its own JSON, Markdown and plot beside this file; `benchmarks/sweep`
@@ -36,15 +45,8 @@ says, parts still went straight to everyone ([measured](../ring-ways.md)).
 """
 
 
-def meshes() -> None:
-    lines = []
-    for path in sorted((RESULTS / "meshes").glob("*.json")):
-        result = json.loads(path.read_text())
-        lines += mesh_table(result, path.stem)
-    (RESULTS / "meshes" / "README.md").write_text(MESHES + "\n".join(lines))
-
-
-def mesh_table(result: dict, stem: str) -> list[str]:
+def mesh_table(result: Json, stem: str) -> list[str]:
+    """The lines of the table of one run of `exact` on several meshes."""
     shape = result["shape"]
     levels = [
         Level(one["name"], one["size"], one["bandwidth_gbs"], one["latency_us"], one["slow"])
@@ -77,8 +79,8 @@ def mesh_table(result: dict, stem: str) -> list[str]:
     return [*lines, ""]
 
 
-def theory(result: dict, cluster: Cluster, mesh: str) -> float:
-    """Bytes a step that the layers alone send out of one node."""
+def theory(result: Json, cluster: Cluster, mesh: str) -> float:
+    """Bytes a step that the layers without the final gather send out of one node."""
     shape = result["shape"]
     cfg, ring, ulysses = (int(word) for word in mesh.split() if word.isdigit())
     half = Cluster("half", cluster.levels).with_sizes(axis_sizes(cluster.sizes, 1, ring * ulysses))
@@ -101,14 +103,8 @@ two bits an element. Where exchanges hide under the compute, selective methods a
 """
 
 
-def selective() -> None:
-    lines = []
-    for path in sorted((RESULTS / "selective").glob("*.json")):
-        lines += selective_table(json.loads(path.read_text()), path.stem)
-    (RESULTS / "selective" / "README.md").write_text(SELECTIVE + "\n".join(lines))
-
-
-def selective_table(result: dict, stem: str) -> list[str]:
+def selective_table(result: Json, stem: str) -> list[str]:
+    """The lines of the table of one run with selective methods."""
     shape, base = result["shape"], result["methods"]["ulysses"]
     exact = next((row for name, row in result["methods"].items() if name.split()[0] == "exact"), base)
     levels, compute = result["cluster"]["levels"], result["compute_seconds"]
@@ -143,8 +139,8 @@ def selective_table(result: dict, stem: str) -> list[str]:
     return [*lines, ""]
 
 
-def ratio(row: dict, other: dict) -> str:
-    """Times that `row` is faster than `other`."""
+def ratio(row: Json, other: Json) -> str:
+    """How many times `row` is faster than `other`, of medians, and in brackets the least and the most."""
     if "error" in other:
         return "does not run"
     mine, theirs = row["seconds_per_step"], other["seconds_per_step"]
@@ -154,28 +150,33 @@ def ratio(row: dict, other: dict) -> str:
     )
 
 
-def main() -> None:
-    rows = []
-    for path in RESULTS.glob("*.json"):
-        result = json.loads(path.read_text())
-        if result.get("schema") != "cocodiff-bench/1" or result["cluster"] is None:
-            continue
-        methods, shape, cluster = result["methods"], result["shape"], result["cluster"]
-        if not {"exact", "ulysses", "diffusers"} <= methods.keys() or "error" in methods["exact"]:
-            continue
-        exact, link = methods["exact"], min(cluster["goodput_gbs"].values()) * 8e3
-        sizes = " x ".join(str(level["size"]) for level in reversed(cluster["levels"]))
-        name = (
-            f"[{shape['name']}, {shape['double']} + {shape['single']} blocks, width {shape['width']}]({path.stem}.md)"
-        )
-        share = methods["ulysses"]["communication_share"]
-        cells = [name, sizes, f"{link:.0f} Mbit/s", f"{share:.0%}", ratio(exact, methods["diffusers"])]
-        cells += [ratio(exact, methods["ulysses"]), f"{exact['ratio_to_limit']:.2f}"]
-        rows.append(((shape["name"], shape["width"], sizes, -link), "| " + " | ".join(cells) + " |"))
-    (RESULTS / "README.md").write_text(HEAD + "\n".join(row for _, row in sorted(rows)) + "\n")
-    print(f"{len(rows)} results in {RESULTS / 'README.md'}")
-    meshes()
-    selective()
+def exact_row(result: Json, stem: str) -> tuple[tuple[str, int, str, float], str] | None:
+    """A key to sort by and the row of one run; None where the run has no `exact` beside the other two methods."""
+    if result.get("schema") != "cocodiff-bench/1" or result["cluster"] is None:
+        return None
+    methods, shape, cluster = result["methods"], result["shape"], result["cluster"]
+    if not {"exact", "ulysses", "diffusers"} <= methods.keys() or "error" in methods["exact"]:
+        return None
+    exact, link = methods["exact"], min(cluster["goodput_gbs"].values()) * 8e3
+    sizes = " x ".join(str(level["size"]) for level in reversed(cluster["levels"]))
+    name = f"[{shape['name']}, {shape['double']} + {shape['single']} blocks, width {shape['width']}]({stem}.md)"
+    share = methods["ulysses"]["communication_share"]
+    cells = [name, sizes, f"{link:.0f} Mbit/s", f"{share:.0%}", ratio(exact, methods["diffusers"])]
+    cells += [ratio(exact, methods["ulysses"]), f"{exact['ratio_to_limit']:.2f}"]
+    return (shape["name"], shape["width"], sizes, -link), "| " + " | ".join(cells) + " |"
+
+
+def main(folder: Path = RESULTS) -> None:
+    """Write the README.md of the folder and those of its subfolders meshes and selective."""
+    found = [exact_row(json.loads(path.read_text()), path.stem) for path in folder.glob("*.json")]
+    rows = sorted(row for row in found if row is not None)
+    (folder / "README.md").write_text(HEAD + "\n".join(row for _, row in rows) + "\n")
+    for name, head, table in (("meshes", MESHES, mesh_table), ("selective", SELECTIVE, selective_table)):
+        lines = []
+        for path in sorted((folder / name).glob("*.json")):
+            lines += table(json.loads(path.read_text()), path.stem)
+        (folder / name / "README.md").write_text(head + "\n".join(lines))
+    print(f"{len(rows)} results in {folder / 'README.md'}")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,9 @@ Start the script with `mpiexec` or `torchrun`. Importing does no work: no enviro
 neither diffusers nor a process group is touched before `wrap` is called.
 """
 
-from cocodiff.config import Config
+from cocodiff.config import Config, Selective
 from cocodiff.errors import CocodiffError
-from cocodiff.selective.schedule import Selective
-from cocodiff.tiny import tiny_pipeline
+from cocodiff.models.small import tiny_pipeline
 from cocodiff.topology import Cluster, Level
 from cocodiff.wrap import unwrap, wrap
 

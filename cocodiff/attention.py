@@ -4,12 +4,12 @@ Ulysses (arXiv 2309.14509) computes attention over all tokens for a few heads on
 from "my tokens, all heads" to "all tokens, my heads", and the output back. Exact; the art is in *when*. All work but
 attention itself goes by rows, so this rank's rows are cut into pieces, and a piece goes on as soon as it can:
 
-    compute:  V K 0 | V K 1 | Q | beside | attend 0 | attend 1 | finish 0, V K 0 of the next layer | finish 1, V K 1 ..
+    compute:  V K 0 | V K 1 | Q | branch | attend 0 | attend 1 | finish 0, V K 0 of the next layer | finish 1, V K 1 ..
     link:       v ── k ── v ── k ── q 0 ── q 1 ─────── o 0 ─────── o 1 ──────────── v ── k of the next layer ── v ── k
 
 - V needs neither norm nor rotation, so it is projected first and travels while K is made (CoCoDiff, arXiv 2604.14561).
   Attention needs all rows of K and V but only those rows of Q that it works on: so Q is made and travels last.
-- `beside` is work that attention does not need (FLUX's single blocks have a parallel MLP): it runs under Q's exchange.
+- The parallel branch is what attention does not need (the MLP of FLUX's single blocks): it runs under Q's exchange.
 - The output returns piece by piece. Whatever follows row by row (output projection, gates, feed-forward) runs on the
   rows that have arrived, and on to V and K of the *next* layer, so that the link has work between two layers, too.
 
@@ -25,25 +25,25 @@ from typing import Any
 from torch import Tensor
 
 from cocodiff.exchange import Pending, to_heads, to_sequence
-from cocodiff.layer import Flight, Layer
-from cocodiff.state import Engine
+from cocodiff.layer import Layer, LayerInFlight
+from cocodiff.state import ForwardState
 
 
-def attention(flight: Flight, ahead: Flight | None) -> list[Any]:
-    """The rest of a layer whose pieces have entered, V first: what `layer.finish` gave, in the order of rows.
+def attention(flight: LayerInFlight, ahead: LayerInFlight | None) -> list[Any]:
+    """Run the rest of a layer whose pieces have entered: what `layer.finish` gave, in the order of rows.
 
     Each finished piece enters `ahead`, the next layer, if there is one and it is cut like this one.
     """
-    engine, layer, exchange, pieces = flight.engine, flight.layer, flight.exchange, flight.pieces
-    rank, span = engine.rank, engine.span
+    state, layer, exchange, pieces = flight.state, flight.layer, flight.exchange, flight.pieces
+    rank, span = state.rank, state.span
 
     with span("q"):
         query = layer.query()
     query_pending = [to_heads(exchange, query[:, rows], layout, rank, "q") for rows, layout in pieces]
     del query  # packed for the lanes
 
-    with span("beside"):
-        beside = layer.beside()
+    with span("parallel"):
+        parallel = layer.parallel_branch(state)
 
     output_pending: list[Pending] = []
     finished: list[Any] = []
@@ -53,50 +53,51 @@ def attention(flight: Flight, ahead: Flight | None) -> list[Any]:
         with span("wait o"):
             attended = output_pending[piece].wait()
         with span("finish"):
-            finished.append(layer.finish(piece, attended, None if beside is None else beside[:, pieces[piece][0]]))
+            rows = None if parallel is None else parallel[:, pieces[piece][0]]
+            finished.append(layer.finish(piece, attended, rows))
         if ahead is not None:
             ahead.enter(piece, finished[piece])
 
     for piece, output in enumerate(flight.attended(query_pending)):
         output_pending.append(to_sequence(exchange, output, pieces[piece][1], rank, "o"))
-        if engine.output_stays_inside:
+        if state.output_stays_inside:
             finish()
     while len(finished) < len(pieces):
         finish()
     return finished
 
 
-def sequential(engine: Engine, layer: Layer, inputs: Any) -> list[Any]:
-    """The textbook order: nothing overlaps, the same elements."""
-    layer.enter(0, slice(0, sum(engine.tokens.mine)), inputs)
-    with engine.span("beside"):
-        beside = layer.beside()
-    attended = attended_whole(engine, layer)
-    with engine.span("finish"):
-        return [layer.finish(0, attended, beside)]
+def sequential(state: ForwardState, layer: Layer, inputs: Any) -> list[Any]:
+    """Run a layer in the textbook order: nothing overlaps, the same elements."""
+    layer.enter(0, slice(0, sum(state.tokens.mine)), inputs)
+    with state.span("parallel"):
+        parallel = layer.parallel_branch(state)
+    attended = attended_whole(state, layer)
+    with state.span("finish"):
+        return [layer.finish(0, attended, parallel)]
 
 
-def attended_whole(engine: Engine, layer: Layer, stream: str | None = None) -> Tensor:
-    """Attention of a layer that entered in one piece, `(B, S_local, H * D)`: V first, or in the textbook order.
+def attended_whole(state: ForwardState, layer: Layer, stream: str | None = None) -> Tensor:
+    """Attend with a layer that entered in one piece, `(B, S_local, H * D)`: V first, or in the textbook order.
 
-    For attention beside that of a block, too: over the tokens of a `stream` alone.
+    A second attention of a block, over the tokens of one `stream`, runs so, too.
     """
-    flight, in_flight = Flight(engine, layer, stream, whole=True), engine.config.schedule != "sequential"
-    rank, span, exchange, layout = engine.rank, engine.span, flight.exchange, flight.pieces[0][1]
+    flight, overlapped = LayerInFlight(state, layer, stream, whole=True), state.call.plan.schedule != "sequential"
+    rank, span, exchange, layout = state.rank, state.span, flight.exchange, flight.pieces[0][1]
     projections: dict[str, Callable[[], Tensor]] = {
         "v": partial(layer.value, 0),
         "k": partial(layer.key, 0),
         "q": layer.query,
     }
     queries: list[Pending] = []
-    for label in "vkq" if in_flight else "qkv":
+    for label in "vkq" if overlapped else "qkv":
         with span(label):
             x = projections[label]()
         if label == "q":
             queries.append(to_heads(exchange, x, layout, rank, label))
         else:
             flight.send(label, 0, x)
-        if not in_flight:
+        if not overlapped:
             with span(f"wait {label}"):
                 sent = queries if label == "q" else flight.pending[label, len(flight.parts) - 1]
                 sent[0].ticket.wait()

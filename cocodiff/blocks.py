@@ -1,4 +1,4 @@
-"""The blocks of a transformer in a row: each block's forward, and what is handed on to the next ahead of its call.
+"""The row of a transformer's blocks: their forwards on shards, and what is handed on to the next ahead of its call.
 
 Rows that one block has finished enter the next block at once, before that one is called. When it is called with
 exactly the tensors that were handed on, its exchanges are under way. With others (a ControlNet adds to them in between)
@@ -8,7 +8,8 @@ what went ahead is dropped, and nothing more goes ahead in this forward of the t
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,61 +18,84 @@ import torch
 from torch import Tensor, nn
 
 from cocodiff.attention import attention, sequential
-from cocodiff.compat import Patches
-from cocodiff.layer import Flight, Layer
+from cocodiff.compat import acts_when_called
+from cocodiff.errors import PatchError
+from cocodiff.layer import Layer, LayerInFlight
 from cocodiff.parallel.tokens import Tokens
-from cocodiff.state import Engine
-
-HOOKS = ("_hf_hook", "_diffusers_hook")  # they run when a block is called (offloading): nothing may go ahead of that
+from cocodiff.state import ForwardState
 
 
 @dataclass(frozen=True)
-class _Block:
+class Block:
+    """One block of the row.
+
+    Attributes:
+        streams: the arguments of its forward that hold tokens, in joint order; it returns them, too.
+        make_layer: makes its attention layer of tokens, the module and the other arguments.
+    """
+
     module: nn.Module
     streams: tuple[str, ...]
-    make_layer: Callable[..., Layer]
+    make_layer: Callable[[Tokens, nn.Module, Mapping[str, Any]], Layer]
     signature: inspect.Signature
 
 
-class Blocks:
+class BlockRow:
     """All blocks of one transformer, in the order in which it calls them.
 
     Args:
         whole: argument -> stream, for those that the first block gets whole: they are cut there.
     """
 
-    def __init__(self, engine: Engine, whole: Mapping[str, str] | None = None) -> None:
-        self.engine, self._whole = engine, dict(whole or {})
-        self._row: list[_Block] = []
-        self._handed: tuple[int, list[Any], Flight] | None = None
-        self._tokens: Tokens | None = None  # of the forward that is running
-        self._go_ahead = True
+    def __init__(self, whole: Mapping[str, str]) -> None:
+        self.blocks: list[Block] = []
+        self._whole = dict(whole)
+        self._running: RowForward | None = None
 
-    def append(
-        self, block: nn.Module, streams: Sequence[str], make_layer: Callable[..., Layer], patches: Patches
-    ) -> None:
-        """Put ours in place of the forward of the next block.
+    def append(self, block: Block) -> Callable[..., Any]:
+        """Add the next block; gives the forward that stands in place of the block's own."""
+        self.blocks.append(block)
+        return partial(self._forward, len(self.blocks) - 1)
 
-        Args:
-            streams: the arguments of its forward that hold tokens, in joint order; what it returns, too.
-            make_layer: takes the other arguments.
-        """
-        entry = _Block(block, tuple(streams), make_layer, inspect.signature(block.forward))
-        patches.set(block, "forward", partial(self._forward, len(self._row)))
-        self._row.append(entry)
+    @contextmanager
+    def running(self, state: ForwardState) -> Iterator[None]:
+        """While inside, the blocks run on the shards of this forward."""
+        self._running = running = RowForward(self.blocks, self._whole, state)
+        try:
+            yield
+            running.end()
+        finally:
+            self._running = None
 
     def _forward(self, index: int, *args: Any, **kwargs: Any) -> tuple[Tensor, ...] | Tensor:
-        engine, block = self.engine, self._row[index]
+        if self._running is None:
+            raise PatchError(
+                "attention ran outside the wrapped transformer's forward: something replaced `transformer.forward` "
+                "after cocodiff.wrap (removing hooks that were added before it does). Call cocodiff.unwrap(pipe) and "
+                "cocodiff.wrap(pipe) again, last."
+            )
+        return self._running.run(index, args, kwargs)
+
+
+class RowForward:
+    """The row in one forward of the transformer: what is handed on from block to block."""
+
+    def __init__(self, blocks: Sequence[Block], whole: Mapping[str, str], state: ForwardState) -> None:
+        self._blocks, self._whole, self._state = blocks, whole, state
+        self._handed: tuple[int, list[Any], LayerInFlight] | None = None
+        self._go_ahead = True
+
+    def run(self, index: int, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, ...] | Tensor:
+        """One block, called with its forward's arguments."""
+        state, block = self._state, self._blocks[index]
         arguments = dict(block.signature.bind(*args, **kwargs).arguments)
-        inputs = [arguments.pop(name) for name in block.streams]
-        if self._tokens is not engine.tokens:  # a new forward; what a failed one left is dropped
-            self._tokens, self._go_ahead, self._handed = engine.tokens, True, None
-            inputs = [self._cut_whole(name, x) for name, x in zip(block.streams, inputs, strict=True)]
-        if engine.config.schedule == "sequential":
-            return _returned(joined(sequential(engine, block.make_layer(**arguments), inputs)))
+        inputs = [self._cut_whole(name, arguments.pop(name)) for name in block.streams]
+        self._whole = {}  # the first block has cut them
+        if state.call.plan.schedule == "sequential":
+            return _returned(joined(sequential(state, self._layer(block, arguments), inputs)))
         flight = self._take(index, [*inputs, *arguments.values()])
         if flight is None:
-            flight = Flight(engine, block.make_layer(**arguments))
+            flight = LayerInFlight(state, self._layer(block, arguments))
             for piece, (rows, _) in enumerate(flight.pieces):
                 flight.enter(piece, _cut(inputs, rows))
         ahead = self._next(index, flight, arguments)
@@ -80,12 +104,20 @@ class Blocks:
             self._handed = index + 1, [*outputs, *arguments.values()], ahead
         return _returned(outputs)
 
+    def end(self) -> None:
+        """The forward has ended well: what was handed on to a block that was not called is dropped."""
+        if self._handed is not None:
+            self._handed[2].drop()
+
+    def _layer(self, block: Block, arguments: Mapping[str, Any]) -> Layer:
+        return block.make_layer(self._state.tokens, block.module, arguments)
+
     def _cut_whole(self, name: str, x: Tensor) -> Tensor:
         if name not in self._whole:
             return x
-        return x[:, self.engine.tokens.rows(self._whole[name])]
+        return x[:, self._state.tokens.rows(self._whole[name])]
 
-    def _take(self, index: int, arguments: list[Any]) -> Flight | None:
+    def _take(self, index: int, arguments: list[Any]) -> LayerInFlight | None:
         """What was handed on to this block, if it is called with just that."""
         handed, self._handed = self._handed, None
         if handed is None:
@@ -98,16 +130,16 @@ class Blocks:
         flight.drop()
         return None
 
-    def _next(self, index: int, flight: Flight, arguments: dict[str, Any]) -> Flight | None:
-        """The next block's flight, where pieces can go ahead into it."""
-        if not self._go_ahead or len(flight.pieces) == 1 or index + 1 == len(self._row):
+    def _next(self, index: int, flight: LayerInFlight, arguments: Mapping[str, Any]) -> LayerInFlight | None:
+        """The next block's layer, where pieces can go ahead into it."""
+        if not self._go_ahead or len(flight.pieces) == 1 or index + 1 == len(self._blocks):
             return None
-        this, block = self._row[index : index + 2]
+        this, block = self._blocks[index : index + 2]
         if block.streams != this.streams or block.signature.parameters.keys() != this.signature.parameters.keys():
             return None
-        if any(hook in vars(module) for module in (block.module, *block.module.children()) for hook in HOOKS):
+        if acts_when_called(block.module):
             return None
-        ahead = Flight(self.engine, block.make_layer(**arguments))
+        ahead = LayerInFlight(self._state, self._layer(block, arguments))
         return ahead if ahead.pieces == flight.pieces else None
 
 
@@ -127,5 +159,5 @@ def _returned(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | Tensor:
 
 
 def joined(pieces: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
-    """Of each stream, the rows of all these pieces."""
+    """Join the rows of all these pieces, stream by stream."""
     return tuple(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1) for parts in zip(*pieces, strict=True))

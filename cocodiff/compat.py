@@ -1,16 +1,102 @@
-"""What is known of what others put onto pipelines (hooks, offload, adapters, caches), and our reversible patches."""
+"""Everything known of what others put onto pipelines (hooks, offload, adapters, caches), and our reversible patches.
+
+Hooks of accelerate and diffusers move a module's forward aside and call it there, so that an attribute of ours may be
+found in other places than where it was set.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from cocodiff.errors import PatchError
 
 _ABSENT = object()
+_HOOKS = ("_hf_hook", "_diffusers_hook")  # of accelerate and of diffusers: they act when a module is called
+
+# Hooks of diffusers that move or cast weights; all others skip, replace or look at whole sequences.
+HARMLESS_HOOKS = (
+    "group_offloading",
+    "layer_execution_tracker",
+    "lazy_leafs",
+    "lazy_prefetch_group_offloading",
+    "layerwise_casting",
+    "peft_autocast_disable",
+)
+
+
+def acts_when_called(block: nn.Module) -> bool:
+    """Whether hooks act when this block is called (offloading): then nothing of it may run before that."""
+    return any(hook in vars(module) for module in (block, *block.children()) for hook in _HOOKS)
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a linear layer does what its weights say: it has no adapter, no hooks, and the forward of its class."""
+    replaced = any(name in vars(module) for name in (*_HOOKS, "forward"))
+    return type(module) is nn.Linear and not (module._forward_hooks or module._forward_pre_hooks or replaced)
+
+
+def is_offloaded(part: object) -> bool:
+    """Whether accelerate moves this component by its hooks: it must not be moved otherwise."""
+    return hasattr(part, "_hf_hook")
+
+
+def sample_weights(module: nn.Module) -> Tensor:
+    """A few values of each parameter: enough to tell other weights, and adapters, from these."""
+    with torch.no_grad():
+        sample = [p.flatten()[:8].to(torch.float32) for p in module.parameters() if not p.is_meta]
+        return torch.cat(sample).cpu() if sample else torch.zeros(0, device="cpu")
+
+
+def describe_adapters(module: nn.Module) -> list[str]:
+    """Which adapters are active where, and how strongly; their weights are parameters."""
+    tuned = [(name, part) for name, part in module.named_modules() if hasattr(part, "active_adapters")]
+    return [f"{name} {part.active_adapters} {getattr(part, 'scaling', '')}" for name, part in tuned if name]
+
+
+def own_forward(module: nn.Module) -> Any:
+    """A module's forward, below accelerate's hook if there is one."""
+    return vars(module).get("_old_forward", module.forward)
+
+
+def carriers(transformer: nn.Module, attentions: Sequence[nn.Module]) -> list[nn.Module]:
+    """The attention modules and what contains them, without the transformer itself: they see one rank's tokens."""
+    ours = {id(module) for module in attentions}
+    paths = [name.split(".") for name, module in transformer.named_modules() if id(module) in ours]
+    names = {".".join(path[: depth + 1]) for path in paths for depth in range(len(path))}
+    return [transformer.get_submodule(name) for name in sorted(names)]
+
+
+def refuse_modifications(transformer: Any, carriers: Sequence[nn.Module]) -> None:
+    """Raise PatchError for step caches, hooks on blocks, compilation, quantisation and other parallelism."""
+    modules = list(transformer.modules())
+    hooks = {name for module in modules for name in getattr(vars(module).get("_diffusers_hook"), "hooks", ())}
+    compiled = [m for m in modules if getattr(m, "_compiled_call_impl", None) or type(m).__name__ == "OptimizedModule"]
+    compiled += [m for m in modules if hasattr(vars(m).get("forward"), "_torchdynamo_orig_callable")]
+    reasons = {
+        "a step cache is enabled": bool(getattr(transformer, "is_cache_enabled", False))
+        and "each rank would decide by its own tokens whether to skip a block, and ranks that disagree hang. "
+        "Call transformer.disable_cache()",
+        f"the hooks {', '.join(sorted(hooks - set(HARMLESS_HOOKS)))} of diffusers are set": hooks - set(HARMLESS_HOOKS)
+        and "they skip, keep or look at whole sequences, and ranks that decide differently hang. Remove them",
+        "a block or an attention module has forward hooks": any(
+            m._forward_hooks or m._forward_pre_hooks for m in carriers
+        )
+        and "they would see one rank's tokens alone. Remove them, or hook the transformer or its linear layers",
+        "diffusers' own parallelism is enabled": getattr(transformer, "_parallel_config", None) is not None
+        and "it would split what is split already. Do not call enable_parallelism",
+        "the transformer is compiled": compiled
+        and "exchanges run in lanes that torch.compile cannot see. Do not compile it",
+        "the transformer is quantised": getattr(transformer, "hf_quantizer", None) is not None
+        and "activations quantised per tensor would depend on which tokens a rank holds. Load it unquantised",
+    }
+    for what, reason in reasons.items():
+        if reason:
+            raise PatchError(f"{what}, but {reason}.")
 
 
 @dataclass(frozen=True)
@@ -77,50 +163,3 @@ class Patches:
                 value = getattr(type(patch.instance), patch.name).__get__(patch.instance) if by_class else patch.before
                 setattr(*place, value)
         self._done.clear()
-
-
-# Hooks of diffusers that move or cast weights; all others skip, replace or look at whole sequences.
-HARMLESS_HOOKS = (
-    "group_offloading",
-    "layer_execution_tracker",
-    "lazy_leafs",
-    "lazy_prefetch_group_offloading",
-    "layerwise_casting",
-    "peft_autocast_disable",
-)
-
-
-def carriers(transformer: nn.Module, attentions: list[nn.Module]) -> list[nn.Module]:
-    """The attention modules and what contains them, but for the transformer itself: what sees some tokens alone."""
-    ours = {id(module) for module in attentions}
-    paths = [name.split(".") for name, module in transformer.named_modules() if id(module) in ours]
-    names = {".".join(path[: depth + 1]) for path in paths for depth in range(len(path))}
-    return [transformer.get_submodule(name) for name in sorted(names)]
-
-
-def refuse_modifications(transformer: Any, carriers: list[nn.Module]) -> None:
-    """PatchError for step caches, hooks on blocks, compilation, quantisation and other parallelism."""
-    modules = list(transformer.modules())
-    hooks = {name for module in modules for name in getattr(vars(module).get("_diffusers_hook"), "hooks", ())}
-    compiled = [m for m in modules if getattr(m, "_compiled_call_impl", None) or type(m).__name__ == "OptimizedModule"]
-    compiled += [m for m in modules if hasattr(vars(m).get("forward"), "_torchdynamo_orig_callable")]
-    reasons = {
-        "a step cache is enabled": bool(getattr(transformer, "is_cache_enabled", False))
-        and "each rank would decide by its own tokens whether to skip a block, and ranks that disagree hang. "
-        "Call transformer.disable_cache()",
-        f"the hooks {', '.join(sorted(hooks - set(HARMLESS_HOOKS)))} of diffusers are set": hooks - set(HARMLESS_HOOKS)
-        and "they skip, keep or look at whole sequences, and ranks that decide differently hang. Remove them",
-        "a block or an attention module has forward hooks": any(
-            m._forward_hooks or m._forward_pre_hooks for m in carriers
-        )
-        and "they would see one rank's tokens alone. Remove them, or hook the transformer or its linear layers",
-        "diffusers' own parallelism is enabled": getattr(transformer, "_parallel_config", None) is not None
-        and "it would split what is split already. Do not call enable_parallelism",
-        "the transformer is compiled": compiled
-        and "exchanges run in lanes that torch.compile cannot see. Do not compile it",
-        "the transformer is quantised": getattr(transformer, "hf_quantizer", None) is not None
-        and "activations quantised per tensor would depend on which tokens a rank holds. Load it unquantised",
-    }
-    for what, reason in reasons.items():
-        if reason:
-            raise PatchError(f"{what}, but {reason}.")

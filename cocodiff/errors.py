@@ -4,7 +4,9 @@ CocodiffError
 ├── ConfigError    (ValueError)    a field, a cluster or a pipeline that cannot work, with its numbers
 ├── MismatchError  (ValueError)    ranks that should agree do not: which field, which ranks
 ├── LaunchError    (RuntimeError)  ranks that cannot find each other, or a backend that cannot serve
-└── PatchError     (RuntimeError)  a wrapped pipeline that is no longer what `wrap` made of it
+├── PatchError     (RuntimeError)  a wrapped pipeline that is no longer what `wrap` made of it
+├── UsageError     (RuntimeError)  what was asked for cannot be given now: no call has ended yet, or one still runs
+└── CopiesDifferError (RuntimeError)  sender and receiver of a slow link did not hold the same
 """
 
 from __future__ import annotations
@@ -28,3 +30,11 @@ class LaunchError(CocodiffError, RuntimeError):
 
 class PatchError(CocodiffError, RuntimeError):
     """A wrapped pipeline was changed behind our back, or asked for what wrapping cannot give."""
+
+
+class UsageError(CocodiffError, RuntimeError):
+    """A wrapped pipeline was asked for what it cannot give now. The message says what to do first."""
+
+
+class CopiesDifferError(CocodiffError, RuntimeError):
+    """Sender and receiver of a slow link did not hold the same copies: what was drawn is wrong."""

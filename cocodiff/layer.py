@@ -14,11 +14,11 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from cocodiff.exchange import Pending, Ring, to_heads
+from cocodiff.exchange import Exchange, Pending, Ring, to_heads
 from cocodiff.kernels import attend_partial, merge_partial
 from cocodiff.kernels.partial import Partial
 from cocodiff.selective.ring import SelectiveRing
-from cocodiff.state import Engine
+from cocodiff.state import ForwardState
 
 
 class Layer(Protocol):
@@ -41,56 +41,58 @@ class Layer(Protocol):
     def key(self, piece: int) -> Tensor: ...
 
     def query(self) -> Tensor:
-        """Of all rows, which have entered: what need not be cut is not, since small matrix products are slow ones."""
+        """Queries of all rows, which have entered: what need not be cut is not, as small matrix products are slow."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """Softmax attention, `(B, S_query, H_local, D)`, on the device's own kernel; `mask` as in `Flight.key_mask`."""
+        """Softmax attention, `(B, S_query, H_local, D)`, on the device's own kernel; `mask` as in `key_mask` below."""
 
-    def beside(self) -> Tensor | None:
+    def parallel_branch(self, state: ForwardState) -> Tensor | None:
         """Work on all rows that attention does not need, `(B, rows, C)`; None where there is none."""
 
-    def finish(self, piece: int, attended: Tensor, beside: Tensor | None) -> Any:
+    def finish(self, piece: int, attended: Tensor, parallel: Tensor | None) -> Any:
         """The rest of the block: the next block's input for this piece. `attended` is `(B, rows, H * D)`."""
 
 
-class Flight:
+class LayerInFlight:
     """One layer under way: V and K of the pieces that have entered are being exchanged.
 
     Args:
-        stream: attend to its tokens alone, not to all.
+        stream: attend to its tokens only, not to all.
         whole: never cut into pieces.
     """
 
-    def __init__(self, engine: Engine, layer: Layer, stream: str | None = None, whole: bool = False) -> None:
-        self.engine, self.layer = engine, layer
-        self.layouts = engine.layouts(layer.num_heads, stream)
-        self.exchange, count, coded = engine.plan(self.layouts, layer.width, layer.itemsize)
-        self.ring: Ring | SelectiveRing | None = engine.ring
-        if coded:
-            assert engine.selection is not None
-            self.exchange, self.ring = engine.selection.bind(self.exchange, engine.ring, (layer.owner, stream))
-        self.parts = [layout.pieces(engine.rank, 1 if whole else count) for layout in self.layouts]
-        self.pieces = self.parts[engine.part]
+    def __init__(self, state: ForwardState, layer: Layer, stream: str | None = None, whole: bool = False) -> None:
+        self.state, self.layer = state, layer
+        self.layouts = state.layouts(layer.num_heads, stream)
+        plan, connected = state.plan_layer(layer.width, layer.itemsize, stream), state.connected
+        self.exchange: Exchange = connected.exchanges[plan.exchange]
+        self.ring: Ring | SelectiveRing | None = connected.around
+        if plan.coded:
+            assert state.coding is not None
+            self.exchange, self.ring = state.coding.exchanges((layer.owner, stream), connected, plan.exchange)
+        count = 1 if whole else plan.pieces
+        self.parts = [layout.pieces(state.rank, count) for layout in self.layouts]
+        self.pieces = self.parts[state.part]
         self.pending: dict[tuple[str, int], list[Pending]] = {}  # (label, distance of the part) -> piece by piece
         self._joined: dict[str, Tensor] = {}
 
     def enter(self, piece: int, inputs: Any) -> None:
         """Start what attention needs all rows of. Collective: all ranks enter the same pieces in the same order."""
         self.layer.enter(piece, self.pieces[piece][0], inputs)
-        with self.engine.span("v"):
+        with self.state.span("v"):
             value = self.layer.value(piece)
         self.send("v", piece, value)
-        with self.engine.span("k"):
+        with self.state.span("k"):
             key = self.layer.key(piece)
         self.send("k", piece, key)
 
     def send(self, label: str, piece: int, x: Tensor) -> None:
-        """A piece of V or K to the ranks of this part of the sequence, and from each of them on to the other parts."""
-        engine, layout = self.engine, self.pieces[piece][1]
+        """Send a piece of V or K to the ranks of this part of the sequence, and from each on to the other parts."""
+        rank, layout = self.state.rank, self.pieces[piece][1]
         batch, _, _, head_dim = x.shape
-        width = layout.num_heads[engine.rank] * head_dim
+        width = layout.num_heads[rank] * head_dim
         rows = [sum(part[piece][1].seq_lens) * batch for part in self.parts]
-        own = to_heads(self.exchange, x, layout, engine.rank, label, self._place(label, piece, x))
+        own = to_heads(self.exchange, x, layout, rank, label, self._place(label, piece, x))
         arriving = [own]
         if self.ring is not None:
             tickets = self.ring.start(own.ticket, rows, width, x.dtype, label)
@@ -99,19 +101,19 @@ class Flight:
             self.pending.setdefault((label, distance), []).append(pending)
 
     def _place(self, label: str, piece: int, x: Tensor) -> Tensor | None:
-        """Where attention will read the piece; None where there is one alone."""
+        """Where attention will read the piece; None where there is only one."""
         if len(self.pieces) == 1:
             return None
         lengths = [sum(layout.seq_lens) for _, layout in self.pieces]
         if piece == 0:
-            heads = self.pieces[0][1].num_heads[self.engine.rank]
+            heads = self.pieces[0][1].num_heads[self.state.rank]
             self._joined[label] = x.new_empty(sum(lengths), x.shape[0], heads, x.shape[-1])
         start = sum(lengths[:piece])
         return self._joined[label][start : start + lengths[piece]].view(-1)  # never a copy
 
     def joined(self, label: str) -> Tensor:
         """V or K of this part, `(B, S_part, H_local, D)`: piece by piece, and within a piece rank by rank."""
-        with self.engine.span(f"wait {label}"):
+        with self.state.span(f"wait {label}"):
             arrived = [pending.wait() for pending in self.pending.pop((label, 0))]
         return arrived[0] if len(arrived) == 1 else self._joined.pop(label).transpose(0, 1)
 
@@ -123,11 +125,11 @@ class Flight:
         """
         if self.layer.mask is None:
             return None
-        part = (self.engine.part - distance) % len(self.parts)
+        part = (self.state.part - distance) % len(self.parts)
         ranks, count = len(self.layouts[part].seq_lens), len(self.pieces)
         order = [(part * ranks + rank, rows) for rank, rows in self.layouts[part].order(count)]
         chosen = [one for first in range(count)[pieces] for one in order[first * ranks : (first + 1) * ranks]]
-        return self.engine.tokens.exchanged(self.layer.mask, chosen)[:, None, None, :]
+        return self.state.tokens.exchanged(self.layer.mask, chosen)[:, None, None, :]
 
     def _keys(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """V, K and their mask, as they arrive: all of this part, then the others, nearest first, piece by piece."""
@@ -135,15 +137,15 @@ class Flight:
         for distance in range(1, len(self.parts)):
             pairs = zip(self.pending.pop(("v", distance)), self.pending.pop(("k", distance)), strict=True)
             for piece, (value, key) in enumerate(pairs):
-                with self.engine.span("wait v"):
+                with self.state.span("wait v"):
                     value_arrived = value.wait()
-                with self.engine.span("wait k"):
+                with self.state.span("wait k"):
                     key_arrived = key.wait()
                 yield value_arrived, key_arrived, self.key_mask(distance, slice(piece, piece + 1))
 
     def attended(self, queries: Sequence[Pending]) -> Iterator[Tensor]:
         """Attention of each piece of queries over all keys, `(B, S_piece, H_local, D)`: keys as they arrive."""
-        span, last = self.engine.span, (len(self.parts) - 1) * len(self.pieces)
+        span, last = self.state.span, (len(self.parts) - 1) * len(self.pieces)
         arrived: list[Tensor] = []
         merged: dict[int, Partial] = {}
         for number, (value, key, mask) in enumerate(self._keys()):

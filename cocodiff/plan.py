@@ -1,16 +1,16 @@
-"""What a layer's exchanges take against its compute, MODELLED, and what follows: which exchange, coded or not, how cut.
+"""Decisions as data: how a pipeline runs (`RunPlan`), and how one layer's tensors travel (`LayerPlan`).
 
-From layouts and the cluster's figures alone, so identical on all ranks and in every run.
+Both follow from what all ranks know alike: settings, sizes and the cluster's figures. The costs here are MODELLED.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
-from cocodiff.exchange import split_sizes
-from cocodiff.parallel.layout import axis_sizes
-from cocodiff.parallel.mesh import Degrees, outermost
+from cocodiff.config import Selective
+from cocodiff.parallel.layout import axis_sizes, outermost, split_sizes
+from cocodiff.parallel.mesh import Degrees, Mesh
 from cocodiff.topology import Cluster
 
 MAX_PIECES = 4
@@ -26,13 +26,66 @@ NOMINAL_TOKENS = 4096 + 512  # when meshes are chosen, sizes are not known yet: 
 
 
 @dataclass(frozen=True)
-class Costs:
-    """Of one layer, seconds on one rank.
+class ModelFacts:
+    """What a plan needs to know of a transformer: what its attention layers are like.
+
+    Attributes:
+        heads: the fewest that a layer has.
+        width: heads x head_dim, elements of `itemsize` bytes.
+        long: it usually attends to so many tokens that attention outweighs the rest of a layer.
+    """
+
+    heads: int
+    width: int
+    itemsize: int
+    long: bool = False
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """How a wrapped pipeline runs; the same on all ranks.
+
+    Attributes:
+        degrees: ranks along each axis of the mesh.
+        exchange: "flat", "staged", or "auto", which `plan_layer` decides for each layer.
+        schedule: "v_first" or "sequential".
+        pieces: into how many a layer's rows are cut; None lets `plan_layer` decide.
+        selective: what crosses slow links; None for an exact run.
+        coded_from: the innermost level where transmission is selective; None where these ranks cross none.
+        coded_always: the user named the level, or the cluster calls it slow: all is coded there, whatever the figures
+            say. Else a layer is coded where that gains time.
+    """
+
+    degrees: Degrees
+    exchange: str = "auto"
+    schedule: str = "v_first"
+    pieces: int | None = None
+    selective: Selective | None = None
+    coded_from: int | None = None
+    coded_always: bool = False
+
+    def kv_only(self, mesh: Mesh) -> bool:
+        """Whether keys and values are all that crosses the levels where transmission is selective."""
+        return self.coded_from is not None and (mesh.ulysses.size == 1 or mesh.ulysses.level < self.coded_from)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """How one attention layer's tensors travel: by which exchange, in how many pieces, coded on slow links or not."""
+
+    exchange: str
+    pieces: int
+    coded: bool
+
+
+@dataclass(frozen=True)
+class LayerCosts:
+    """MODELLED seconds of one layer on one rank.
 
     Attributes:
         exchange: "flat" or "staged".
-        tensor: one tensor's, over the ulysses axis; `ring`: over the ring axis.
-        latency: of the slower axis, and `exchanges`: all that it carries.
+        tensor: of the exchange of one tensor over the ulysses axis; `ring`: over the ring axis.
+        latency: of the slower axis, and `exchanges`: of all that it carries.
     """
 
     compute: float
@@ -52,6 +105,34 @@ class Costs:
         return self.exchanges > self.compute
 
 
+@lru_cache(maxsize=1024)
+def plan_layer(
+    plan: RunPlan,
+    cluster: Cluster,
+    device_type: str,
+    seq_lens: tuple[int, ...],
+    width: int,
+    itemsize: int,
+    coded_share: float | None,
+) -> LayerPlan:
+    """Decide how one layer of a forward runs.
+
+    Args:
+        cluster: of all ranks, with concrete sizes.
+        seq_lens: tokens of every rank of a sequence.
+        width: heads x head_dim, elements of `itemsize` bytes.
+        coded_share: of an exact exchange's bytes, what coding sends over slow links; None where nothing can be coded.
+    """
+    costs = layer_costs(cluster, plan.degrees, plan.exchange, device_type, width, itemsize, seq_lens)
+    coded = coded_share is not None and (plan.coded_always or costs.worth_coding)
+    if coded:
+        assert coded_share is not None
+        costs = layer_costs(cluster, plan.degrees, plan.exchange, device_type, width, itemsize, seq_lens, coded_share)
+    fewest = min(seq_lens)
+    pieces = _pieces(costs, fewest, device_type) if plan.pieces is None else max(1, min(plan.pieces, fewest))
+    return LayerPlan(costs.exchange if plan.degrees.ulysses > 1 else "flat", pieces, coded)
+
+
 def layer_costs(
     cluster: Cluster,
     degrees: Degrees,
@@ -59,16 +140,14 @@ def layer_costs(
     device_type: str,
     width: int,
     itemsize: int,
-    seq_lens: Sequence[int] | None = None,
+    seq_lens: tuple[int, ...] | None = None,
     share: float = 1.0,
-) -> Costs:
-    """Of one layer.
+) -> LayerCosts:
+    """Model one layer.
 
     Args:
-        cluster: of all ranks, with concrete sizes.
         exchange: "flat", "staged" or "auto", the faster of the two.
         seq_lens: tokens of every rank of a sequence; NOMINAL_TOKENS in all, if they are not known yet.
-        width: heads x head_dim, elements of `itemsize` bytes.
         share: of the bytes of an exact exchange.
     """
     seq_lens = seq_lens or split_sizes(NOMINAL_TOKENS, degrees.ring * degrees.ulysses)
@@ -83,15 +162,11 @@ def layer_costs(
     link = cluster.levels[outermost(axis_sizes(cluster.sizes, degrees.ulysses, degrees.ring))]
     ring = (degrees.ring - 1) * (link.latency_us * 1e-6 + tensor_bytes / (link.bandwidth_gbs * 1e9))
     exchanges, latency = max((4 * seconds[exchange], ulysses.seconds(exchange, 0)), (2 * ring, link.latency_us * 1e-6))
-    return Costs(compute, exchange, seconds[exchange], ring, latency, exchanges)
+    return LayerCosts(compute, exchange, seconds[exchange], ring, latency, exchanges)
 
 
-def pieces(costs: Costs, fewest_rows: int, device_type: str) -> int:
-    """Into how many a layer's rows are cut, so that the exchange of one hides under the compute of another.
-
-    Args:
-        fewest_rows: of any rank.
-    """
+def _pieces(costs: LayerCosts, fewest_rows: int, device_type: str) -> int:
+    """Into how many a layer's rows are cut, so that the exchange of one hides under the compute of another."""
     if costs.exchanges < WORTH_CUTTING * costs.compute:
         return 1
     least_seconds = max(LATENCIES_PER_PIECE * costs.latency, LEAST_PIECE_SECONDS.get(device_type, 1e-4))

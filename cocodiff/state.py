@@ -1,122 +1,211 @@
-"""The one object a wrapped pipeline's parts share: config, mesh, lanes, exchanges and the shards of the current run."""
+"""Who owns what: a session (a wrapped pipeline), a call of it, a forward of a transformer in that call.
+
+A session lives as long as the wrapped pipeline and knows nothing of a call that runs. A call and a forward are made
+when they begin, passed down as arguments, and dropped when they end.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional as F
 
 from cocodiff.config import Config
-from cocodiff.errors import ConfigError, PatchError
-from cocodiff.exchange import (
-    Exchange,
-    FlatExchange,
-    Layout,
-    Ring,
-    StagedExchange,
-    gather_equal,
-    gather_rows,
-    split_sizes,
-)
+from cocodiff.exchange.connected import ConnectedMesh, TransportMaker
 from cocodiff.exchange.lanes import Lane, make_lane
-from cocodiff.observe.bytes import Tally
+from cocodiff.exchange.transport import make_transport
+from cocodiff.launch.job import Job
+from cocodiff.observe.bytes import ByteCounter
 from cocodiff.observe.timeline import COMPUTE, Timeline
-from cocodiff.parallel.layout import outer_difference
-from cocodiff.parallel.mesh import Axis, Mesh
+from cocodiff.parallel.layout import Layout, split_sizes
+from cocodiff.parallel.mesh import Degrees, Mesh
 from cocodiff.parallel.tokens import Tokens
-from cocodiff.plan import layer_costs, pieces
-from cocodiff.selective.memory import free_bytes, held_bytes
-from cocodiff.selective.run import Selection
-from cocodiff.selective.schedule import Selective, slow_level
+from cocodiff.plan import LayerPlan, ModelFacts, RunPlan, plan_layer
+from cocodiff.selective.run import SelectiveCall, StepCoding
+from cocodiff.topology import Cluster
+
+MAX_MESHES = 4  # connected at once; the one that was used least recently is freed
+
+_log = logging.getLogger(__name__)
 
 
-class Engine:
-    """Config, mesh, lanes and exchanges of one wrapped pipeline on this rank (more than one rank).
+class Session:
+    """What a wrapped pipeline owns on this rank of several: its lanes, its connected meshes, its counters.
+
+    Args:
+        cluster: of all ranks, with concrete sizes.
+        plan_run: chooses how the pipeline runs, by what its transformer is like.
+        transport: makes the transport of a group.
 
     Attributes:
-        timeline: while one is recording, it gets every span of compute.
-        users: transformers that run on it; the last closes it.
+        users: transformers that run on it; the last one closes it.
+        bytes: what was sent, ever.
+        timeline: gets every span of compute while one is recording.
     """
 
-    def __init__(self, config: Config, mesh: Mesh, device: torch.device) -> None:
-        self.config, self.mesh, self.device = config, mesh, device
+    def __init__(
+        self,
+        job: Job,
+        config: Config,
+        cluster: Cluster,
+        plan_run: Callable[[ModelFacts], RunPlan],
+        transport: TransportMaker = make_transport,
+    ) -> None:
+        self.job, self.config, self.cluster = job, config, cluster
+        self.users, self.bytes = 0, ByteCounter()
         self.timeline: Timeline | None = None
-        self.users = 0
-        used = {axis.level for axis in (mesh.ulysses, mesh.ring, mesh.sequence, mesh.everyone)} | set(mesh.level_groups)
-        self._lanes = {level: make_lane(mesh.cluster.levels[level].name, device) for level in sorted(used)}
-        self.tally = Tally()
-        axis, lane = mesh.ulysses, self.lane(mesh.ulysses)
-        self.flat: Exchange = FlatExchange(axis.cluster.sizes, axis.rank, axis.group, lane, self.tally)
-        groups = mesh.level_groups
-        self.staged: Exchange = StagedExchange(axis.cluster.sizes, axis.rank, groups, self._lanes, self.tally)
-        self.ring: Ring | None = None
-        if (around := mesh.ring).group is not None:
-            self.ring = Ring(around.cluster.sizes, around.rank, around.group, self.lane(around), self.tally)
-        self.selection: Selection | None = None
-        selective = Selective.of(config.transmission)
-        crossed = mesh.sequence.level if mesh.sequence.size > 1 else -1
-        slow = None if selective is None else slow_level(selective, mesh.cluster, crossed)
-        if selective is not None and slow is not None:
-            self.selection = Selection(selective, mesh, slow, self._lanes, self.tally, device)
-        self._tokens: Tokens | None = None
-        self._settled: dict[int, int] = {}
-
-    def close(self) -> None:
-        """End the lanes and free the groups; nothing may be in flight. Collective."""
-        for lane in self._lanes.values():
-            lane.close()
-        if self.selection is not None:
-            self.selection.close()
-        self.mesh.close()
+        self._plan_run, self._transport = plan_run, transport
+        self._lanes: dict[int | str, Lane] = {}
+        self._plans: dict[ModelFacts, RunPlan] = {}
+        self._meshes: OrderedDict[Degrees, ConnectedMesh] = OrderedDict()
+        self._settled: dict[int | str, int] = {}
+        self._warned: set[str] = set()
 
     @property
-    def unsettled(self) -> list[int]:
+    def device(self) -> torch.device:
+        return self.job.device
+
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing is connected yet."""
+        return not self._meshes
+
+    def plan(self, model: ModelFacts) -> RunPlan:
+        """How a transformer runs; decided once for each kind of transformer, alike on all ranks."""
+        if model not in self._plans:
+            self._plans[model] = self._plan_run(model)
+        return self._plans[model]
+
+    def connect(self, plan: RunPlan) -> ConnectedMesh:
+        """The mesh of a plan, with its groups. Collective over all ranks when it is made."""
+        key = plan.degrees
+        if key not in self._meshes:
+            assert self.job.host_group is not None
+            mesh = Mesh.create(self.cluster, plan.degrees, self.job.backend, self.job.host_group)
+            self._meshes[key] = ConnectedMesh.connect(mesh, self.lane, self.bytes, self._transport)
+            if len(self._meshes) > MAX_MESHES:
+                self._meshes.popitem(last=False)[1].mesh.close()
+        self._meshes.move_to_end(key)
+        return self._meshes[key]
+
+    def lane(self, key: int | str) -> Lane:
+        """The lane of a level of the cluster, or one of another name beside the links."""
+        if key not in self._lanes:
+            name = key if isinstance(key, str) else self.cluster.levels[key].name
+            self._lanes[key] = make_lane(name, self.device)
+            self._lanes[key].timeline = self.timeline
+        return self._lanes[key]
+
+    def warn(self, about: str, text: str) -> None:
+        """Warn once about one thing, on rank 0."""
+        if self.job.is_main and about not in self._warned:
+            _log.warning(text)
+        self._warned.add(about)
+
+    @property
+    def unsettled(self) -> dict[str, int]:
         """What was submitted to each lane since the last call that ended well: nothing, unless one failed."""
-        return [lane.submitted - self._settled.get(level, 0) for level, lane in self._lanes.items()]
+        return {str(key): lane.submitted - self._settled.get(key, 0) for key, lane in self._lanes.items()}
 
-    def settled(self) -> None:
+    def settle(self) -> None:
         """A call ended well: nothing of it is under way on any rank."""
-        self._settled = {level: lane.submitted for level, lane in self._lanes.items()}
+        self._settled = {key: lane.submitted for key, lane in self._lanes.items()}
 
-    def lane(self, axis: Axis) -> Lane:
-        """That of the slowest link which the axis crosses."""
-        return self._lanes[axis.level]
+    def span(self, label: str) -> AbstractContextManager[None]:
+        """Name a stretch of compute in the timeline, if one is kept."""
+        return nullcontext() if self.timeline is None else self.timeline.span(COMPUTE, label)
+
+    @contextmanager
+    def recording(self) -> Iterator[Timeline]:
+        """While inside, keep a timeline of all lanes, whose time begins on all ranks at once. Collective."""
+        timeline = Timeline(self.device)
+        dist.barrier(group=self.job.host_group)
+        timeline.restart()
+        self._set_timeline(timeline)
+        try:
+            yield timeline
+        finally:
+            self._set_timeline(None)
+
+    def close(self) -> None:
+        """End the lanes, free the groups and the job; nothing may be in flight. Collective."""
+        with ExitStack() as stack:  # last in, first out
+            stack.callback(self.job.close)
+            for connected in self._meshes.values():
+                stack.callback(connected.mesh.close)
+            for lane in self._lanes.values():
+                stack.callback(lane.close)
+
+    def _set_timeline(self, timeline: Timeline | None) -> None:
+        self.timeline = timeline
+        for lane in self._lanes.values():
+            lane.timeline = timeline
+
+
+@dataclass
+class CallState:
+    """One call of a pipeline, or one of a transformer by itself.
+
+    Attributes:
+        plan, connected: how it runs, and the mesh for that.
+        guided: the pipeline calls the transformer twice a step, for guidance.
+        selective: selective transmission over this call; None where everything is exact.
+        branch_name: what diffusers calls the branch of guidance that runs ("cond", "uncond"); None where it says none.
+        differing: of each forward, whether its inputs differed between ranks.
+        first_branch: of a pair of calls on two cfg halves, the first one's output and inputs, until the second ends.
+        unpaired: of each pair, whether its two calls were of different steps.
+    """
+
+    session: Session
+    plan: RunPlan
+    connected: ConnectedMesh
+    guided: bool = False
+    selective: SelectiveCall | None = None
+    branch_name: str | None = None
+    differing: list[Tensor] = field(default_factory=list)
+    first_branch: tuple[Tensor, dict[str, Tensor]] | None = None
+    unpaired: list[Tensor] = field(default_factory=list)
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.connected.mesh
+
+
+@dataclass(frozen=True)
+class ForwardState:
+    """One forward of a transformer on this rank's shards.
+
+    Attributes:
+        tokens: who has which tokens.
+        coding: what selective transmission does in this forward; None where it is exact.
+    """
+
+    call: CallState
+    tokens: Tokens
+    coding: StepCoding | None = None
+
+    @property
+    def connected(self) -> ConnectedMesh:
+        return self.call.connected
 
     @property
     def rank(self) -> int:
         """This rank's place on the ulysses axis, by which exchanges and layouts count."""
-        return self.mesh.ulysses.rank
+        return self.call.mesh.ulysses.rank
 
     @property
     def part(self) -> int:
         """Which part of the sequence is here: this rank's place on the ring axis."""
-        return self.mesh.ring.rank
+        return self.call.mesh.ring.rank
 
-    @property
-    def tokens(self) -> Tokens:
-        """Shards of the forward that is running."""
-        if self._tokens is None:
-            raise PatchError(
-                "attention ran outside the wrapped transformer's forward: something replaced `transformer.forward` "
-                "after cocodiff.wrap (removing hooks that were added before it does). Call cocodiff.unwrap(pipe) and "
-                "cocodiff.wrap(pipe) again, last."
-            )
-        return self._tokens
-
-    @contextmanager
-    def sharded(self, tokens: Tokens) -> Iterator[None]:
-        """While inside, the transformer's inputs are this rank's shards of `tokens`."""
-        self._tokens = tokens
-        try:
-            yield
-        finally:
-            self._tokens = None
+    def span(self, label: str) -> AbstractContextManager[None]:
+        return self.call.session.span(label)
 
     @property
     def output_stays_inside(self) -> bool:
@@ -125,157 +214,25 @@ class Engine:
         Then a piece is finished as soon as it is attended, so that its next keys and values leave at once. If not,
         all pieces are attended first, since outputs travel meanwhile.
         """
-        return self.ring is not None and self.mesh.ulysses.level < self.mesh.ring.level
+        mesh = self.call.mesh
+        return mesh.ring.size > 1 and mesh.ulysses.level < mesh.ring.level
 
     def layouts(self, num_heads: int, stream: str | None = None) -> list[Layout]:
-        """Tokens and heads of every rank of each part, for one attention layer of the running forward.
+        """Tokens and heads of every rank of each part of the sequence, for one attention layer.
 
         Args:
-            stream: it attends to the tokens of that one alone.
+            stream: the layer attends to the tokens of that one only.
         """
-        mesh, tokens = self.mesh, self.tokens
-        seq_lens, inner = tokens.joint if stream is None else tokens.streams[stream], mesh.ulysses.size
+        seq_lens, inner = self._seq_lens(stream), self.call.mesh.ulysses.size
         heads = split_sizes(num_heads, inner)
         return [Layout(seq_lens[start : start + inner], heads) for start in range(0, len(seq_lens), inner)]
 
-    def plan(self, layouts: Sequence[Layout], width: int, itemsize: int) -> tuple[Exchange, int, bool]:
-        """The exchange for messages of this layer, into how many pieces its rows are cut, and whether it is selective.
-
-        Decided from the layouts and the cluster alone, so identically on all ranks and in every run. `width` is
-        heads x head_dim, of `itemsize` bytes each.
-        """
-        mesh, selection, place = self.mesh, self.selection, self.device.type
-        seq_lens = [length for layout in layouts for length in layout.seq_lens]
-        modelled = partial(
-            layer_costs, mesh.cluster, mesh.degrees, self.config.exchange, place, width, itemsize, seq_lens
+    def plan_layer(self, width: int, itemsize: int, stream: str | None = None) -> LayerPlan:
+        """How one attention layer runs. `width` is heads x head_dim, of `itemsize` bytes each."""
+        session, share = self.call.session, None if self.coding is None else self.coding.share
+        return plan_layer(
+            self.call.plan, session.cluster, session.device.type, self._seq_lens(stream), width, itemsize, share
         )
-        costs, coded = modelled(), False
-        if selection is not None and selection.running and (selection.told or costs.worth_coding):
-            costs, coded = modelled(share=selection.share), True
-        exchange = self.staged if costs.exchange == "staged" and mesh.ulysses.size > 1 else self.flat
-        return exchange, pieces(costs, min(seq_lens), place), coded
 
-    def begin(self, layers: Sequence[tuple[int, int]], batch: int, itemsize: int) -> None:
-        """The first forward of a selective run: ConfigError on every rank unless what it will hold fits.
-
-        Collective over the sequence.
-
-        Args:
-            layers: heads and head_dim of each attention.
-        """
-        selection, mesh = self.selection, self.mesh
-        assert selection is not None
-        held, coded = [], 0
-        for heads, head_dim in layers:
-            if not self.plan(self.layouts(heads), heads * head_dim, itemsize)[2]:
-                continue
-            coded += 1
-            widths = {share * head_dim for share in split_sizes(heads, mesh.ulysses.size)}  # all, so that all raise
-            if any([selection.coding(0, width, itemsize, first=True).base != "nothing" for width in widths]):
-                held.append((heads, head_dim))
-        selection.cover(coded, len(layers))
-        streams = {name: sum(sizes) for name, sizes in self.tokens.streams.items()}
-        needed = held_bytes(
-            mesh.cluster, mesh.degrees, selection.slow, mesh.everyone.rank, streams, held, batch, selection.branches
-        )
-        free = free_bytes(self.device)
-        if free is not None and self.device.type == "cpu":
-            free //= math.prod(mesh.cluster.sizes[: selection.slow])  # ranks inside share it
-        short = torch.tensor(0.0 if free is None else float(needed - free), device=self.device)
-        if self.worst(short) > 0:
-            raise ConfigError(
-                f"selective transmission would hold {needed / 1e9:.2f} GB on rank {mesh.everyone.rank}, which has "
-                f"{(free or 0) / 1e9:.2f} GB left, and some rank has too little. Use more ranks, a smaller picture, "
-                "or transmission='exact', which holds nothing."
-            )
-
-    def worst(self, number: Tensor) -> float:
-        """The largest on all ranks of the sequence. Collective."""
-        axis = self.mesh.sequence
-        if axis.group is None:
-            return float(number)
-        self._tally_gather("guard", number.itemsize, axis)
-        return float(gather_equal(number, axis.group, self.lane(axis), "guard").max())
-
-    def gather(self, x: Tensor, stream: str) -> Tensor:
-        """`(B, S_local, C)` shards of a stream -> the whole `(B, S, C)` on every rank that has some of it."""
-        axis, sizes = self.mesh.sequence, self.tokens.streams[stream]
-        if axis.group is None:
-            return x
-        self._tally_gather("gather", max(sizes) * x.shape[0] * x.shape[2] * x.itemsize, axis)
-        with self.span("wait gather"):
-            return gather_rows(x, sizes, axis.group, self.lane(axis))
-
-    def differs(self, tensors: Iterable[Tensor], axis: Axis | None = None) -> Tensor:
-        """Whether some rank holds other bits in these tensors: a bool on the device, for which nothing waits.
-
-        Args:
-            axis: the ranks that are asked; everyone if left out.
-        """
-        axis = axis or self.mesh.everyone
-        kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-        sums = []
-        for x in tensors:
-            bits = x.contiguous().flatten().view(kinds[x.itemsize])
-            places = torch.arange(1, bits.numel() + 1, device=x.device)  # int64, wraps: order counts, too
-            sums.append((bits * places).sum())
-        if axis.group is None:
-            return torch.zeros((), dtype=torch.bool, device=sums[0].device)
-        self._tally_gather("compare", len(sums) * sums[0].itemsize, axis)
-        everyone = gather_equal(torch.stack(sums), axis.group, self.lane(axis), "compare")
-        return (everyone != everyone[0]).any()
-
-    def anywhere(self, flag: Tensor) -> bool:
-        """Whether a flag is set on some rank of all. Collective; more than one rank."""
-        axis = self.mesh.everyone
-        assert axis.group is not None
-        self._tally_gather("compare", 1, axis)
-        return bool(gather_equal(flag.to(torch.uint8), axis.group, self.lane(axis), "compare").any())
-
-    def swap(self, x: Tensor) -> Tensor:
-        """A tensor of the same shape in both cfg halves, equal within each -> `(2, *shape)`, that of either half.
-
-        Each rank sends the other half its share of the elements; the shares are put together within the half.
-        """
-        sequence, cfg = self.mesh.sequence, self.mesh.cfg
-        assert cfg.group is not None
-        share = -(-x.numel() // sequence.size)
-        flat = F.pad(x.flatten(), (0, share * sequence.size - x.numel()))
-        mine = flat[sequence.rank * share : (sequence.rank + 1) * share]
-        with self.span("wait branches"):
-            self._tally_gather("branches", share * x.itemsize, cfg)
-            shares = gather_equal(mine, cfg.group, self.lane(cfg), "branches")
-            if sequence.group is not None:
-                self._tally_gather("branches", 2 * share * x.itemsize, sequence)
-                together = gather_equal(shares, sequence.group, self.lane(sequence), "branches")
-                shares = together.transpose(0, 1).flatten(1)
-        return shares[:, : x.numel()].view(2, *x.shape)
-
-    def _tally_gather(self, label: str, shard_bytes: int, axis: Axis) -> None:
-        """As of a ring (gloo's and NCCL's): all shards but one go to the next rank. Other algorithms send no less."""
-        sizes = axis.cluster.sizes
-        sent = [0] * len(sizes)
-        sent[outer_difference(axis.rank, (axis.rank + 1) % axis.size, sizes)] = (axis.size - 1) * shard_bytes
-        self.tally.add(label, sent)
-
-    def span(self, label: str) -> AbstractContextManager[None]:
-        """Names a stretch of compute in the timeline, if one is kept."""
-        return nullcontext() if self.timeline is None else self.timeline.span(COMPUTE, label)
-
-    @contextmanager
-    def recording(self) -> Iterator[Timeline]:
-        """While inside, a timeline of all lanes, whose time begins on all ranks at once. Collective."""
-        timeline = Timeline(self.device)
-        dist.barrier(group=self.mesh.host_group)
-        timeline.restart()
-        self._set_timeline(timeline)
-        try:
-            yield timeline
-        finally:
-            self._set_timeline(None)
-
-    def _set_timeline(self, timeline: Timeline | None) -> None:
-        self.timeline = timeline
-        beside = () if self.selection is None else self.selection.lanes
-        for lane in (*self._lanes.values(), *beside):
-            lane.timeline = timeline
+    def _seq_lens(self, stream: str | None) -> tuple[int, ...]:
+        return self.tokens.joint if stream is None else self.tokens.streams[stream]

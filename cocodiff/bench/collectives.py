@@ -1,7 +1,7 @@
-"""How long exchanges alone take, by size: ours (flat, staged) and torch.distributed's; and what the links are made of.
+"""Times exchanges by size, ours (flat, staged) and torch.distributed's, and fits latency and bandwidth of each level.
 
-Bandwidths are nccl-tests': of an all-to-all in which each rank sends `bytes` in all, its own part included, algorithm
-bandwidth is bytes / seconds and bus bandwidth that times (ranks - 1) / ranks.
+Bandwidths are defined as in nccl-tests. In an all-to-all each rank sends `bytes`, its own part included: the algorithm
+bandwidth is bytes / seconds, and the bus bandwidth is that times (ranks - 1) / ranks.
 """
 
 from __future__ import annotations
@@ -15,18 +15,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from cocodiff.bench.links import connect_all
 from cocodiff.bench.methods import synchronize
 from cocodiff.bench.run import environment
-from cocodiff.config import Config
 from cocodiff.errors import ConfigError
-from cocodiff.exchange import Exchange
-from cocodiff.exchange.flat import AllToAll
+from cocodiff.exchange.connected import ConnectedMesh
 from cocodiff.launch.agree import gather_json
 from cocodiff.launch.job import Job
 from cocodiff.parallel.layout import Traffic
-from cocodiff.parallel.mesh import Degrees, Mesh
-from cocodiff.state import Engine
-from cocodiff.topology import Cluster, Measured, load_cluster
+from cocodiff.parallel.mesh import Mesh
+from cocodiff.topology import Cluster, Measured
 
 SCHEMA = "cocodiff-collectives/1"
 SIZES = tuple(4096 * 4**power for power in range(8))  # 4 KB to 64 MB
@@ -35,28 +33,30 @@ SIZES = tuple(4096 * 4**power for power in range(8))  # 4 KB to 64 MB
 def run_collectives(
     job: Job, cluster: str, largest: int, repeat: int, patience: float, say: Callable[[str], None]
 ) -> tuple[dict[str, Any], Cluster]:
-    """Every exchange at every size, in turn within one round. Collective.
+    """Time every exchange at every size, all exchanges in turn within one round. Collective.
 
     Args:
-        largest: bytes a rank at which to stop.
-        patience: seconds of one exchange beyond which no larger size is tried.
+        largest: the largest message, in bytes a rank.
+        repeat: timings of each exchange and size, after one that warms up.
+        patience: stop after the first size at which one exchange takes longer than this many seconds.
+        say: gets a line of progress.
 
     Returns:
-        the result as JSON values (docs/bench.md has the schema), and the cluster with what was measured in it.
+        The result as JSON values (docs/bench.md has the schema), and the cluster with the measured figures.
     """
     if job.world_size == 1 or job.host_group is None:
         raise ConfigError("one rank has nothing to exchange: start the bench under a launcher, or with --ranks.")
-    shape, _ = load_cluster(cluster, job.hosts, job.device.type)
-    mesh = Mesh.create(shape, Degrees(1, 1, job.world_size), job.backend, job.host_group)
-    engine = Engine(Config(cluster=cluster), mesh, job.device)
+    session, connected = connect_all(job, cluster)
+    mesh, device, shape = connected.mesh, job.device, session.cluster
     names = [shape.levels[level].name for level in mesh.level_groups]
     rows: list[dict[str, Any]] = []
     for size in (size for size in SIZES if size <= largest):
         runs = {
-            f"level {name}": _level(engine, level, size) for level, name in zip(mesh.level_groups, names, strict=True)
+            f"level {name}": _level(connected, level, size, device)
+            for level, name in zip(mesh.level_groups, names, strict=True)
         }
-        runs |= {"flat": _ours(engine, engine.flat, size), "staged": _ours(engine, engine.staged, size)}
-        runs["torch"] = _theirs(engine, size)
+        runs |= {name: _ours(connected, name, size, device) for name in ("flat", "staged")}
+        runs["torch"] = _theirs(mesh, size, device)
         taken: dict[str, list[float]] = {name: [] for name in runs}
         for index in range(repeat + 1):
             for name, run in runs.items():
@@ -68,11 +68,12 @@ def run_collectives(
         if max(statistics.median(seconds) for seconds in taken.values()) > patience:
             break
     measured = with_measurements(mesh, rows, guessed=cluster == "auto")
-    engine.close()
+    session.close()
     return {"schema": SCHEMA, "environment": environment(job), "rows": rows}, measured
 
 
 def _slowest(run: Callable[[], Any], job: Job) -> float:
+    """Return the seconds that `run` takes on the slowest rank."""
     synchronize(job)
     began = time.perf_counter()
     run()
@@ -82,25 +83,25 @@ def _slowest(run: Callable[[], Any], job: Job) -> float:
     return max(gather_json(time.perf_counter() - began, job.host_group))
 
 
-def _ours(engine: Engine, exchange: Exchange, size: int) -> Callable[[], Any]:
-    ranks = engine.mesh.ulysses.size
+def _ours(connected: ConnectedMesh, exchange: str, size: int, device: torch.device) -> Callable[[], Any]:
+    ranks = connected.ulysses.size
     traffic = Traffic((1,) * ranks, (1,) * ranks, 1, size // 4 // ranks, True)
-    send = torch.ones(traffic.head_dim * ranks, device=engine.device)
-    return lambda: exchange.start(send, traffic, "bench").wait()
+    send = torch.ones(traffic.head_dim * ranks, device=device)
+    return lambda: connected.exchanges[exchange].start(send, traffic, "bench").wait()
 
 
-def _theirs(engine: Engine, size: int) -> Callable[[], Any]:
-    ranks = engine.mesh.ulysses.size
-    send = torch.ones(size // 4 // ranks * ranks, device=engine.device)
+def _theirs(mesh: Mesh, size: int, device: torch.device) -> Callable[[], Any]:
+    ranks = mesh.ulysses.size
+    send = torch.ones(size // 4 // ranks * ranks, device=device)
     recv = torch.empty_like(send)
-    return lambda: dist.all_to_all_single(recv, send, group=engine.mesh.ulysses.group)
+    return lambda: dist.all_to_all_single(recv, send, group=mesh.ulysses.group)
 
 
-def _level(engine: Engine, level: int, size: int) -> Callable[[], Any]:
-    group = engine.mesh.level_groups[level]
-    splits = [size // 4 // group.size()] * group.size()
-    send = torch.ones(sum(splits), device=engine.device)
-    return lambda: AllToAll(splits, splits, group, tag=2**30 - 1)(send)
+def _level(connected: ConnectedMesh, level: int, size: int, device: torch.device) -> Callable[[], Any]:
+    transport = connected.levels[level]
+    splits = [size // 4 // transport.size] * transport.size
+    send = torch.ones(sum(splits), device=device)
+    return lambda: transport.all_to_all(send, splits, splits, send.dtype, "bench").wait()
 
 
 def _row(name: str, size: int, seconds: Sequence[float], ranks: int) -> dict[str, Any]:
@@ -116,10 +117,11 @@ def _row(name: str, size: int, seconds: Sequence[float], ranks: int) -> dict[str
 
 
 def with_measurements(mesh: Mesh, rows: Sequence[dict[str, Any]], guessed: bool) -> Cluster:
-    """The mesh's cluster with each level's alpha and beta, and the exchanges' own times.
+    """Return the mesh's cluster with the fitted latency and bandwidth of each level and the times of the exchanges.
 
     Args:
-        guessed: it was detected: a level that was called slow for want of figures has some now.
+        guessed: the cluster was detected, so its levels outside the innermost are slow by assumption. With measured
+            figures `slow` becomes None, which lets these decide.
     """
 
     def points(name: str) -> tuple[tuple[float, float], ...]:
@@ -136,9 +138,9 @@ def with_measurements(mesh: Mesh, rows: Sequence[dict[str, Any]], guessed: bool)
 
 
 def fit(points: Sequence[tuple[float, float]], size: int) -> tuple[float, float]:
-    """Alpha (seconds a message) and beta (bytes per second of a rank) of an all-to-all among `size` parts.
+    """Fit alpha (seconds a message) and beta (bytes per second of a rank) of an all-to-all among `size` parts.
 
-    Least squares of the relative error of `(size - 1) * (alpha + bytes / size / beta)`.
+    They minimise the squared relative error of the model `(size - 1) * (alpha + bytes / size / beta)`.
 
     >>> alpha, beta = fit([(1000, 3 * (1.0 + 250 / 10)), (100000, 3 * (1.0 + 25000 / 10))], 4)
     >>> round(alpha, 6), round(beta, 6)
@@ -158,7 +160,7 @@ def fit(points: Sequence[tuple[float, float]], size: int) -> tuple[float, float]
 
 
 def collectives_table(result: dict[str, Any], cluster: Cluster) -> str:
-    """One row a size: milliseconds and bus bandwidth of each exchange, and what auto takes."""
+    """Return a Markdown table with a row for each size: times and bus bandwidths, and the choice of `auto`."""
     names = list(dict.fromkeys(row["exchange"] for row in result["rows"]))
     cell = {(row["exchange"], row["bytes"]): row for row in result["rows"]}
     lines = [

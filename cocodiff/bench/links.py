@@ -1,27 +1,33 @@
-"""What crosses the links: interface counters of the system, and the rate that a link really carries."""
+"""Measures links: the bytes that the system's interfaces count, and the payload rate that a link carries."""
 
 from __future__ import annotations
 
 import math
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from cocodiff.exchange.flat import AllToAll
+from cocodiff.config import Config
+from cocodiff.exchange.connected import ConnectedMesh
 from cocodiff.launch.agree import gather_json
-from cocodiff.state import Engine
+from cocodiff.launch.job import Job
+from cocodiff.parallel.mesh import Degrees
+from cocodiff.plan import RunPlan
+from cocodiff.state import Session
+from cocodiff.topology import load_cluster
 
-GOODPUT_BYTES = 1_000_000, 16_000_000  # least and most through one link: what it carries in GOODPUT_SECONDS
+GOODPUT_BYTES = 1_000_000, 16_000_000  # least and most through one link; between them, what it carries in:
 GOODPUT_SECONDS = 5.0
 
 
 def interface_bytes(counters: str = "/proc/self/net/dev") -> int | None:
-    """Bytes ever sent by this host's interfaces but the loopback, or None where the system does not say.
+    """Return the bytes that this host's interfaces, except the loopback, ever sent; None if the system has no counters.
 
-    On a host of its own (a network namespace, a node) that is what crossed its links, headers in part included.
+    If the host is a node or a network namespace, these are the bytes that crossed its links, with some of the headers.
     """
     try:
         lines = Path(counters).read_text().splitlines()[2:]
@@ -32,12 +38,14 @@ def interface_bytes(counters: str = "/proc/self/net/dev") -> int | None:
 
 
 def inner_ranks(sizes: tuple[int, ...], level: int) -> int:
-    """Ranks of one part of a level: those that share the part's link."""
+    """Return the number of ranks in one part of a level; they share the part's link."""
     return math.prod(sizes[:level])
 
 
 def busiest_links(sent: list[list[int]], sizes: tuple[int, ...]) -> list[int]:
-    """Bytes out through the busiest link of each level; `sent[rank][level]`. Outer messages cross inner links, too.
+    """Return the bytes out through the busiest link of each level, from `sent[rank][level]`.
+
+    Messages of outer levels cross inner links, too.
 
     >>> busiest_links([[1, 10], [1, 10], [1, 10], [1, 10]], (2, 2))
     [11, 20]
@@ -50,28 +58,36 @@ def busiest_links(sent: list[list[int]], sizes: tuple[int, ...]) -> list[int]:
     return busiest
 
 
-def goodput(engine: Engine, level: int) -> float:
+def connect_all(job: Job, cluster: str) -> tuple[Session, ConnectedMesh]:
+    """A session over all ranks, with one ulysses axis of them all; whoever asked closes it. Collective."""
+    shape, _ = load_cluster(cluster, job.hosts, job.device.type)
+    plan = RunPlan(Degrees(1, 1, job.world_size))
+    session = Session(replace(job, shared=True), Config(cluster=cluster), shape, lambda model: plan)
+    return session, session.connect(plan)
+
+
+def goodput(connected: ConnectedMesh, level: int, device: torch.device) -> float:
     """MEASURED bytes per second out of one part of this level, all parts at once, to all others evenly.
 
     Two sizes are sent, one twice the other, and the difference counts, so that neither a bucket's burst nor latency is
     in it. Median of three. Collective.
     """
-    group, sizes, host_group = engine.mesh.level_groups[level], engine.mesh.cluster.sizes, engine.mesh.host_group
+    transport, sizes, host_group = connected.levels[level], connected.mesh.cluster.sizes, connected.mesh.host_group
     peers, together = sizes[level] - 1, inner_ranks(sizes, level)
     least, most = GOODPUT_BYTES
-    rate = engine.mesh.cluster.levels[level].bandwidth_gbs * 1e9 * together
+    rate = connected.mesh.cluster.levels[level].bandwidth_gbs * 1e9 * together
     total = int(min(max(rate * GOODPUT_SECONDS, least), most))
     seconds: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(3):
         for halves in seconds:
             numel = total * halves // 2 // (4 * peers * together)
-            splits = [0 if peer == group.rank() else numel for peer in range(sizes[level])]
-            send = torch.ones(sum(splits), device=engine.device)
+            splits = [0 if peer == transport.rank else numel for peer in range(sizes[level])]
+            send = torch.ones(sum(splits), device=device)
             dist.barrier(group=host_group)
             began = time.perf_counter()
-            AllToAll(splits, splits, group, tag=0)(send)
-            if engine.device.type != "cpu":
-                torch.get_device_module(engine.device).synchronize()
+            transport.all_to_all(send, splits, splits, send.dtype, "goodput").wait()
+            if device.type != "cpu":
+                torch.get_device_module(device).synchronize()
             seconds[halves].append(max(gather_json(time.perf_counter() - began, host_group)))
     difference = statistics.median(seconds[2]) - statistics.median(seconds[1])
     return total / 2 / max(difference, 1e-9)

@@ -15,18 +15,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cocodiff.bench.models import build_inputs
-from cocodiff.bench.shapes import Shape
-from cocodiff.config import Config
+from cocodiff.config import Config, Selective
 from cocodiff.errors import ConfigError
-from cocodiff.exchange import Exchange
-from cocodiff.exchange.lanes import Lane, Ticket
+from cocodiff.exchange.connected import TransportMaker
+from cocodiff.exchange.transport import make_local_transport, make_transport
 from cocodiff.launch.job import Job
-from cocodiff.models import FAMILIES, Family
-from cocodiff.parallel.layout import Traffic
-from cocodiff.selective.schedule import Selective
-from cocodiff.state import Engine
+from cocodiff.models import family_named
+from cocodiff.models.shapes import Shape
+from cocodiff.pipeline.call import call_running
+from cocodiff.pipeline.forward import ShardedForward
+from cocodiff.pipeline.install import install_transformer
+from cocodiff.planner import plan_run
+from cocodiff.state import Session
 from cocodiff.topology import load_cluster
-from cocodiff.wrap import make_door
 
 RUN = 20  # steps of a run: as many as it takes not to be a short one
 DESCRIPTIONS = {
@@ -48,7 +49,7 @@ class Method:
 
     Args:
         step: one forward; the picture's tokens on every rank that has any.
-        engine: ours, where there is one: it counts bytes and keeps timelines.
+        forward: the transformer of ours, where there is one: its session counts bytes and keeps timelines.
         everyone: false where rank 0 runs alone.
         around: entered around a series of steps.
         run: steps of a whole run, where one step is not like another; else None.
@@ -58,12 +59,12 @@ class Method:
         self,
         name: str,
         step: Callable[[], Tensor],
-        engine: Engine | None = None,
+        forward: ShardedForward | None = None,
         everyone: bool = True,
         around: Callable[[], Any] = contextlib.nullcontext,
         run: int | None = None,
     ) -> None:
-        self.name, self.step, self.engine, self.everyone, self.around = name, step, engine, everyone, around
+        self.name, self.step, self.forward, self.everyone, self.around = name, step, forward, everyone, around
         self.run = run
 
 
@@ -100,7 +101,7 @@ def make_method(
 def _step(model: Any, shape: Shape, job: Job, guided: bool) -> Callable[[], Tensor]:
     """One step as pipelines do it: one call, or one for each branch, or one with both in its batch."""
     branches = [build_inputs(shape, job.device, branch) for branch in range(2 if guided else 1)]
-    batched = _family(shape).batched
+    batched = family_named(shape.family).batched
     if guided and batched:
         both = {
             name: torch.cat([one[name] for one in branches]) if name in batched else branches[0][name]
@@ -118,25 +119,33 @@ def _step(model: Any, shape: Shape, job: Job, guided: bool) -> Callable[[], Tens
     return step
 
 
-def _family(shape: Shape) -> Family:
-    return next(family for family in FAMILIES if family.name == shape.family)
-
-
-def _ours(name: str, config: Config, model: Any, shape: Shape, job: Job, guided: bool) -> Method:
+def _ours(
+    name: str,
+    config: Config,
+    model: Any,
+    shape: Shape,
+    job: Job,
+    guided: bool,
+    transport: TransportMaker = make_transport,
+) -> Method:
     cluster, _ = load_cluster(config.cluster, job.hosts, job.device.type)
-    family = _family(shape)
-    door = make_door(model.to(job.device), family, config, cluster, replace(job, shared=True))
-    run = None if door.engine.selection is None else RUN
+    family = family_named(shape.family)
+    choose = partial(plan_run, config, cluster, job.device.type)
+    session = Session(replace(job, shared=True), config, cluster, choose, transport)
+    forward = install_transformer(model.to(job.device), family, session)
+    run = None if forward.plan().coded_from is None else RUN
     times = None if run is None else lambda: [float(RUN - step) for step in range(RUN)]
-    around = partial(door.in_pipeline, guided and not family.batched, times)
-    return Method(name, _step(model, shape, job, guided), door.engine, around=around, run=run)
+    batched = bool(family.batched)
+    around = partial(call_running, [forward], guided and not batched, batched, times)
+    return Method(name, _step(model, shape, job, guided), forward, around=around, run=run)
 
 
 def _diffusers(model: Any, shape: Shape, job: Job, guided: bool) -> Method:
     """As its documentation says, with what it needs besides: see the comments."""
     from diffusers import ContextParallelConfig
 
-    text = 0 if shape.family == "wan" else shape.text  # Wan's text is not cut
+    blocks = family_named(shape.family).blocks.values()
+    text = shape.text if any("encoder_hidden_states" in spec.inputs for spec in blocks) else 0  # Wan's is not cut
     if shape.heads % job.world_size or text % job.world_size or shape.image % job.world_size:
         raise ConfigError(
             f"{shape.heads} heads, {shape.text} text and {shape.image} image tokens must all divide by "
@@ -164,34 +173,10 @@ def _one_accelerator() -> Iterator[None]:
         torch.accelerator.device_count = count
 
 
-class LocalExchange:
-    """In place of an exchange: the same sizes, packed, copied once on the same lane, and nothing sent."""
-
-    def __init__(self, exchange: Exchange, rank: int, lane: Lane) -> None:
-        self.name, self.order, self._rank, self._lane = f"local copy for {exchange.name}", exchange.order, rank, lane
-
-    def start(self, send: Tensor, traffic: Traffic, label: str, out: Tensor | None = None) -> Ticket:
-        numel = sum(traffic.block(source, self._rank) for source in range(len(traffic.source)))
-        return self._lane.submit(lambda x: _stretched(x, numel), send, label)
-
-
-def _stretched(x: Tensor, numel: int) -> Tensor:
-    """A copy of a one-dimensional tensor, cut or repeated to `numel` elements."""
-    if numel <= x.numel():
-        return x[:numel].clone()
-    return torch.cat([x] * (numel // x.numel()) + [x[: numel % x.numel()]])
-
-
 def compute_method(model: Any, shape: Shape, job: Job, cluster: str, guided: bool = False) -> Method:
     """What all ranks compute together when exchanges cost a copy: `ulysses` with nothing sent."""
     config = Config(exchange="flat", schedule="sequential", cluster=cluster, ulysses_degree=job.world_size)
-    method = _ours("compute", config, _copy(model), shape, job, guided)
-    engine = method.engine
-    assert engine is not None
-    engine.flat = LocalExchange(engine.flat, engine.rank, engine.lane(engine.mesh.ulysses))
-    engine.differs = lambda tensors, axis=None: torch.tensor(False)  # type: ignore[method-assign]
-    engine.gather = lambda x, stream: torch.cat([x] * job.world_size, dim=1)  # type: ignore[method-assign]
-    return method
+    return _ours("compute", config, _copy(model), shape, job, guided, make_local_transport)
 
 
 def synchronize(job: Job) -> None:

@@ -1,4 +1,4 @@
-"""What a bench leaves behind: a table for people, JSON for programs, a plot."""
+"""Writes the result of a bench: a Markdown table, JSON and a plot."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cocodiff.errors import ConfigError
 
 
 def headline(result: Mapping[str, Any]) -> str:
-    """One line: what ran where."""
+    """Return one line that says what ran where."""
     shape, cluster, where = result["shape"], result["cluster"], result["environment"]
     parts = [
         f"{shape['name']}: {shape['double']} double and {shape['single']} single blocks of width {shape['width']}, "
@@ -33,7 +33,7 @@ def headline(result: Mapping[str, Any]) -> str:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The methods as a Markdown table; ratios are of medians within this run."""
+    """Return the methods as a Markdown table. Ratios are those of medians within this run."""
     methods = result["methods"]
     base = methods.get("ulysses", {}).get("seconds_per_step", {}).get("median")
     lines = [
@@ -70,11 +70,12 @@ def _bytes(row: Mapping[str, Any]) -> str:
 
 
 def as_json(result: Mapping[str, Any]) -> str:
+    """Return the result as indented JSON with a newline at the end."""
     return json.dumps(result, indent=2) + "\n"
 
 
 def check_folder(folder: Path | None) -> None:
-    """ConfigError before anything runs where results could not be written after it."""
+    """Make the folder, and raise ConfigError before anything runs if results could not be written into it."""
     if folder is not None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -85,6 +86,7 @@ def check_folder(folder: Path | None) -> None:
 
 
 def write(path: Path, text: str) -> None:
+    """Write a file. ConfigError if that is impossible."""
     try:
         path.write_text(text)
     except OSError as error:
@@ -92,7 +94,10 @@ def write(path: Path, text: str) -> None:
 
 
 def save(result: Mapping[str, Any], folder: Path, command: str) -> list[Path]:
-    """JSON, Markdown and PNG, named by date, shape, width, ranks and the slowest link's measured rate."""
+    """Write JSON, Markdown and PNG, and return their paths.
+
+    The name is made of the date, the shape, its width, the ranks, and the measured rate of the slowest link.
+    """
     shape, ranks = result["shape"], result["environment"]["ranks"]
     stem = f"{datetime.date.today().isoformat()}-{shape['name']}-{shape['width']}-{ranks}-ranks"
     if result["cluster"] is not None and result["cluster"]["goodput_gbs"]:
@@ -108,7 +113,7 @@ def save(result: Mapping[str, Any], folder: Path, command: str) -> list[Path]:
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
-    """Bars of seconds a step with their spread, compute within them, and the limit as a mark."""
+    """Draw seconds a step as bars with their spread, the compute as a dotted line and the limit as a mark."""
     try:
         from matplotlib.figure import Figure
     except Exception:

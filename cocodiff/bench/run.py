@@ -16,14 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cocodiff.bench.links import busiest_links, goodput, inner_ranks, interface_bytes
+from cocodiff.bench.links import busiest_links, connect_all, goodput, inner_ranks, interface_bytes
 from cocodiff.bench.methods import DESCRIPTIONS, OURS, Method, compute_method, make_method, synchronize
 from cocodiff.bench.models import build_transformer
-from cocodiff.bench.shapes import Shape
 from cocodiff.errors import ConfigError
 from cocodiff.launch.agree import gather_json
 from cocodiff.launch.job import Job
+from cocodiff.models.shapes import Shape
 from cocodiff.observe.trace import write_trace
+from cocodiff.topology import Cluster
 
 SCHEMA = "cocodiff-bench/1"
 COMPUTE = "compute"
@@ -85,16 +86,18 @@ def run_bench(
             assert record.method is not None
             record.seconds.append(_time(record.method, steps, job)[0])
         say(f"round {round_index + 1} of {repeat}")
-    engines = [record.method.engine for record in running.values() if record.method and record.method.engine]
-    flat = next((engine for engine in engines if engine.mesh.ulysses.size == job.world_size), None)
-    rates = {} if flat is None else {level: goodput(flat, level) for level in flat.mesh.level_groups}
+    where, rates = None, {}
+    if job.world_size > 1:
+        session, connected = connect_all(job, cluster)
+        where, rates = session.cluster, {level: goodput(connected, level, job.device) for level in connected.levels}
+        session.close()
     if trace is not None:
         for name, record in running.items():
-            if record.method is not None and record.method.engine is not None and name != COMPUTE:
-                with record.method.engine.recording() as timeline:
+            if record.method is not None and record.method.forward is not None and name != COMPUTE:
+                with record.method.forward.session.recording() as timeline:
                     _time(record.method, 1, job)
                 write_trace(timeline, trace / name, job.rank)
-    return _result(shape, records, job, engines, rates, steps, 2 if guided else 1)
+    return _result(shape, records, job, where, rates, steps, 2 if guided else 1)
 
 
 def _warmed_up(make: Callable[[], Method], job: Job) -> Record:
@@ -115,17 +118,17 @@ def _warmed_up(make: Callable[[], Method], job: Job) -> Record:
 
 def _count(record: Record, method: Method, job: Job) -> None:
     """One run: what it sent at each step, and how long it coded."""
-    engine, steps = method.engine, method.run or 1
-    recording: Any = nullcontext() if engine is None or engine.selection is None else engine.recording()
+    session, steps = None if method.forward is None else method.forward.session, method.run or 1
+    recording: Any = nullcontext() if session is None or method.run is None else session.recording()
     counts: list[list[int]] = []
 
     def counted() -> None:
-        if engine is not None:
-            counts.append(engine.tally.by_level(len(engine.mesh.cluster.levels)))
-            engine.tally.clear()
+        if session is not None:
+            counts.append(session.bytes.by_level(len(session.cluster.levels)))
+            session.bytes.clear()
 
-    if engine is not None:
-        engine.tally.clear()
+    if session is not None:
+        session.bytes.clear()
     synchronize(job)
     before = interface_bytes()
     with recording as timeline:
@@ -166,13 +169,12 @@ def _result(
     shape: Shape,
     records: dict[str, Record],
     job: Job,
-    engines: list,
+    cluster: Cluster | None,
     rates: dict[int, float],
     steps: int,
     branches: int,
 ) -> dict[str, Any]:
     compute = statistics.median(records[COMPUTE].seconds) if COMPUTE in records and not records[COMPUTE].error else None
-    cluster = engines[0].mesh.cluster if engines else None
     reference = next((record.output for record in records.values() if record.output is not None), None)
     sizes, level_names = (cluster.sizes, [level.name for level in cluster.levels]) if cluster else ((), [])
     methods: dict[str, dict[str, Any]] = {}
@@ -191,8 +193,8 @@ def _result(
         methods[name] = {
             "description": DESCRIPTIONS[name.split()[0]],
             "mesh": None
-            if record.method is None or record.method.engine is None
-            else str(record.method.engine.mesh.degrees),
+            if record.method is None or record.method.forward is None
+            else str(record.method.forward.plan().degrees),
             "seconds_per_step": {
                 "median": median,
                 "min": min(record.seconds),
@@ -241,7 +243,7 @@ def _relative_error(output: Tensor | None, reference: Tensor | None) -> float | 
     return ((output - reference).float().norm() / reference.float().norm()).item()
 
 
-def _named(rates: dict[int, float], cluster: Any) -> dict[str, float]:
+def _named(rates: dict[int, float], cluster: Cluster) -> dict[str, float]:
     return {cluster.levels[level].name: rate / 1e9 for level, rate in rates.items()}
 
 

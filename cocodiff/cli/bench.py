@@ -1,4 +1,4 @@
-"""`cocodiff bench`: methods in turn on one shape."""
+"""`cocodiff bench`: several methods in turn on one model shape. `bench collectives`: exchanges without a model."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Annotated, Any
 
 import typer
 
-from cocodiff.cli.start import start_ranks
+from cocodiff.cli.start import CLUSTER_HELP, DEVICE_HELP, RANKS_HELP, start_ranks
 from cocodiff.config import DEGREES
 from cocodiff.errors import ConfigError
 
-bench_app = typer.Typer(help="Seconds, bytes and limits of several methods, in turn within one run.")
+bench_app = typer.Typer(help="Measure several methods in turn within one run: seconds, bytes and limits.")
 
 
 @bench_app.callback(invoke_without_command=True)
@@ -25,32 +25,76 @@ def bench(
     context: typer.Context,
     shape: Annotated[
         str,
-        typer.Option(help="Proportions of a released model: flux-dev, flux2-dev, qwen-image, sd35-large, wan-14b .."),
+        typer.Option(
+            help="Model whose layers, heads and proportions are used: flux-dev, flux2-dev, qwen-image, sd35-large, "
+            "sd35-medium, wan-14b or wan-1.3b. Weights are random."
+        ),
     ] = "flux-dev",
-    scale: Annotated[str, typer.Option(help="Of tokens x width, and of the number of blocks.")] = "1/16",
-    methods: Annotated[str, typer.Option(help="With commas.")] = "single,diffusers,ulysses,exact",
-    cfg_degree: Annotated[str | None, typer.Option(help="Of `exact`; 1,2 runs it with each.")] = None,
-    ring_degree: Annotated[str | None, typer.Option(help="Of `exact`; 1,2 runs it with each.")] = None,
-    ulysses_degree: Annotated[str | None, typer.Option(help="Of `exact`; with commas, each.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps in each timing.")] = 1,
-    repeat: Annotated[int, typer.Option(min=1, help="Timings of each method.")] = 5,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Image tokens, instead of the shape's.")] = None,
-    text: Annotated[int | None, typer.Option(min=1, help="Text tokens.")] = None,
-    width: Annotated[int | None, typer.Option(min=8, help="Of the model: heads x head_dim.")] = None,
-    heads: Annotated[int | None, typer.Option(min=1)] = None,
-    layers: Annotated[str | None, typer.Option(help="Blocks; with FLUX double and single ones: 2,4")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32 (default), bfloat16 or float16.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, xpu; the local accelerator if left out.")] = None,
-    cluster: Annotated[
-        str, typer.Option(envvar="EMULATED_CLUSTER", help="auto, a preset's name or a JSON file.")
-    ] = "auto",
-    ranks: Annotated[int | None, typer.Option(min=1, help="Start so many local ranks.")] = None,
-    json: Annotated[Path | None, typer.Option("--json", help="Write the result there; - prints it.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the result there.")] = None,
-    trace: Annotated[Path | None, typer.Option(help="Record one more step of each method of ours there.")] = None,
-    save: Annotated[Path | None, typer.Option(help="Write JSON, Markdown and PNG into this folder.")] = None,
+    scale: Annotated[
+        str,
+        typer.Option(help="Share of the model's tokens x width and of its number of blocks, above 0 and at most 1."),
+    ] = "1/16",
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="Methods to compare, separated by commas: single, diffusers, ulysses, exact, high, balanced, fast or "
+            "v_major."
+        ),
+    ] = "single,diffusers,ulysses,exact",
+    cfg_degree: Annotated[
+        str | None,
+        typer.Option(
+            help="Number of groups of ranks that share the branches of guidance, 1 or 2. `exact` and the selective "
+            "methods run once with each number of a list such as 1,2."
+        ),
+    ] = None,
+    ring_degree: Annotated[
+        str | None,
+        typer.Option(help="Number of parts of the sequence whose keys and values travel. A list as for --cfg-degree."),
+    ] = None,
+    ulysses_degree: Annotated[
+        str | None,
+        typer.Option(help="Number of ranks that share the heads of a part. A list as for --cfg-degree."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Number of denoising steps in each timing.")] = 1,
+    repeat: Annotated[int, typer.Option(min=1, help="Number of timings of each method.")] = 5,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Number of image tokens. If left out, that of the scaled shape.")
+    ] = None,
+    text: Annotated[
+        int | None, typer.Option(min=1, help="Number of text tokens. If left out, that of the scaled shape.")
+    ] = None,
+    width: Annotated[
+        int | None,
+        typer.Option(min=8, help="Width of the model, heads x head_dim. If left out, that of the scaled shape."),
+    ] = None,
+    heads: Annotated[
+        int | None, typer.Option(min=1, help="Number of attention heads. If left out, that of the shape.")
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Number of blocks. FLUX takes double and single ones, such as 2,4. If left out, those of the scaled "
+            "shape."
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Type of the weights: float32 (the default), bfloat16 or float16.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
+    cluster: Annotated[str, typer.Option(envvar="EMULATED_CLUSTER", help=CLUSTER_HELP)] = "auto",
+    ranks: Annotated[int | None, typer.Option(min=1, help=RANKS_HELP)] = None,
+    json: Annotated[
+        Path | None, typer.Option("--json", help="Write the result as JSON into this file; - prints it instead.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the result into this PNG file.")] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Record one more step of each of our methods into a subfolder of this folder."),
+    ] = None,
+    save: Annotated[Path | None, typer.Option(help="Write JSON, Markdown and a plot into this folder.")] = None,
 ) -> None:
-    """Run methods in turn on one model shape and say what they took and sent."""
+    """Run several methods in turn on one model shape and say how long they took and how much they sent."""
     if context.invoked_subcommand is not None:
         return
     if ranks is not None:
@@ -93,20 +137,20 @@ def bench(
 
 @bench_app.command()
 def collectives(
-    largest: Annotated[int, typer.Option(min=4096, help="Bytes a rank at which to stop.")] = 64 * 2**20,
-    repeat: Annotated[int, typer.Option(min=1, help="Timings of each exchange and size.")] = 5,
-    patience: Annotated[float, typer.Option(help="Seconds of one exchange after which no larger one is tried.")] = 3.0,
-    out: Annotated[Path, typer.Option(help="The cluster with what was measured, for wrap(cluster=...).")] = Path(
-        "cluster.json"
-    ),
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, xpu; the local accelerator if left out.")] = None,
-    cluster: Annotated[
-        str, typer.Option(envvar="EMULATED_CLUSTER", help="Its levels: auto, a preset, a file.")
-    ] = "auto",
-    ranks: Annotated[int | None, typer.Option(min=1, help="Start so many local ranks.")] = None,
-    json: Annotated[Path | None, typer.Option("--json", help="Write all timings there.")] = None,
+    largest: Annotated[int, typer.Option(min=4096, help="Largest message to time, in bytes a rank.")] = 64 * 2**20,
+    repeat: Annotated[int, typer.Option(min=1, help="Number of timings of each exchange and size.")] = 5,
+    patience: Annotated[
+        float, typer.Option(help="Stop at the size at which one exchange takes longer than this many seconds.")
+    ] = 3.0,
+    out: Annotated[
+        Path, typer.Option(help="Write the measured cluster into this JSON file, for cocodiff.wrap(cluster=...).")
+    ] = Path("cluster.json"),
+    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
+    cluster: Annotated[str, typer.Option(envvar="EMULATED_CLUSTER", help=CLUSTER_HELP)] = "auto",
+    ranks: Annotated[int | None, typer.Option(min=1, help=RANKS_HELP)] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Write all timings as JSON into this file.")] = None,
 ) -> None:
-    """Time every exchange over message sizes; write latencies and bandwidths as a cluster."""
+    """Time every exchange over message sizes and write a cluster file with the measured latencies and bandwidths."""
     if ranks is not None:
         raise SystemExit(start_ranks(ranks))
     from cocodiff.bench import results
@@ -137,7 +181,7 @@ def _fraction(text: str) -> Fraction:
 
 
 def _meshes(*options: str | None) -> list[dict[str, int]]:
-    """All combinations of the degrees that were named."""
+    """Return all combinations of the degrees that were given; options are those of DEGREES, in that order."""
     choices = []
     for name, text in zip(DEGREES, options, strict=True):
         parts = [] if text is None else text.split(",")
@@ -148,6 +192,7 @@ def _meshes(*options: str | None) -> list[dict[str, int]]:
 
 
 def _layers(text: str) -> tuple[int, int]:
+    """Return the numbers of double and single blocks."""
     parts = text.split(",") if "," in text else [text, "0"]
     if len(parts) != 2 or not all(part.isdecimal() for part in parts) or not sum(map(int, parts)):
         raise ConfigError(f"--layers {text}: write the numbers of double and single blocks: 2,4; or one number.")

@@ -1,27 +1,38 @@
-"""What `cocodiff doctor` finds: versions, devices, backends, launcher, cluster, and why."""
+"""`cocodiff doctor`: versions, devices, backends, launcher, cluster, and the reasons for what was chosen."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from json import dumps
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import torch.distributed as dist
+import typer
 
-from cocodiff.bench.shapes import SHAPES, Shape
-from cocodiff.launch.job import start_job
-from cocodiff.models import FAMILIES
-from cocodiff.parallel.mesh import choose_degrees
-from cocodiff.topology import Cluster, load_cluster
+if TYPE_CHECKING:
+    from cocodiff.models.shapes import Shape
+    from cocodiff.topology import Cluster
 
 PACKAGES = ("cocodiff", "torch", "diffusers", "transformers", "accelerate", "safetensors", "mpi4py", "mpich")
 
 
+def doctor(json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False) -> None:
+    """Say what is installed, what was detected and why. Under a launcher, rank 0 speaks for all ranks."""
+    findings, is_main = diagnose()
+    if is_main:
+        print(render(findings, as_json=json))
+
+
 def diagnose() -> tuple[dict[str, Any], bool]:
-    """Findings as JSON values, and whether this rank should print them. Collective under a launcher."""
+    """Return the findings as JSON values, and whether this rank should print them. Collective under a launcher."""
+    from cocodiff.bench.shapes import SHAPES
+    from cocodiff.launch.job import start_job
+    from cocodiff.models import FAMILIES
+    from cocodiff.topology import load_cluster
+
     job = start_job(None)
     cluster, reason = load_cluster("auto", job.hosts, job.device.type)
     findings = {
@@ -58,9 +69,9 @@ def diagnose() -> tuple[dict[str, Any], bool]:
 
 
 def render(findings: dict[str, Any], *, as_json: bool) -> str:
-    """JSON, or the same as an indented list."""
+    """Return the findings as JSON or as an indented list."""
     if as_json:
-        return json.dumps(findings, indent=2)
+        return dumps(findings, indent=2)
     lines: list[str] = []
 
     def add(value: Any, depth: int) -> None:
@@ -82,7 +93,11 @@ def render(findings: dict[str, Any], *, as_json: bool) -> str:
 
 
 def _mesh(cluster: Cluster, shape: Shape, device: torch.device) -> str:
-    family = next(family for family in FAMILIES if family.name == shape.family)
+    """Return the degrees that the rule chooses for a model's shape on this cluster, and why."""
+    from cocodiff.models import family_named
+    from cocodiff.planner import choose_degrees
+
+    family = family_named(shape.family)
     degrees = choose_degrees(cluster, shape.heads, long=family.long and device.type != "xpu")
     return f"{degrees}, for {shape.heads} heads: {degrees.reason}"
 

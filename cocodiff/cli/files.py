@@ -1,4 +1,4 @@
-"""Pictures in, pictures and clips out."""
+"""Reading pictures, and writing pictures and clips."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ CLIPS = (".mp4", ".gif")
 
 
 def open_image(path: Path) -> Any:
+    """Return the picture as RGB. ConfigError if there is none."""
     from PIL import Image
 
     if not path.is_file():
@@ -20,7 +21,7 @@ def open_image(path: Path) -> Any:
 
 
 def check(out: Path) -> None:
-    """ConfigError, before anything is drawn, where `save` could not write there."""
+    """Raise ConfigError, before anything is drawn, if `save` could not write there."""
     if not out.parent.is_dir():
         raise ConfigError(f"--out {out}: there is no folder {out.parent}.")
     if out.suffix == ".mp4":
@@ -34,9 +35,10 @@ def check(out: Path) -> None:
 
 
 def save(pixels: Any, out: Path) -> Path:
-    """A picture `(H, W, 3)` or a clip `(frames, H, W, 3)`, in [0, 1]; where it is now.
+    """Save a picture `(H, W, 3)` or a clip `(frames, H, W, 3)`, in [0, 1], and return where it was written.
 
-    A clip goes into a .mp4 or .gif, or else into a folder: what is named with another suffix, without that.
+    A clip becomes a .mp4 or .gif file. With any other suffix it becomes a folder of frames, whose name is `out`
+    without the suffix.
     """
     from PIL import Image
 

@@ -1,4 +1,4 @@
-"""`cocodiff report`: what runs have left behind, for people."""
+"""`cocodiff report` shows what runs have written."""
 
 from __future__ import annotations
 
@@ -10,34 +10,37 @@ import typer
 
 from cocodiff.errors import ConfigError
 
-report_app = typer.Typer(no_args_is_help=True, help="Look at what runs have written.")
+report_app = typer.Typer(no_args_is_help=True)
 
 
 @report_app.callback()
 def report() -> None:
-    """Look at what runs have written."""
+    """Show what runs have written."""
 
 
 @report_app.command()
 def trace(
-    folder: Annotated[Path, typer.Argument(help="What --trace named.")],
+    folder: Annotated[Path, typer.Argument(help="Folder that --trace of generate or bench has written.")],
     out: Annotated[
-        Path | None, typer.Option(help="Merge the ranks into this file; DIR/merged.json if left out.")
+        Path | None,
+        typer.Option(help="Write the merged trace into this file. If left out, into merged.json in the folder."),
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the first step there (PNG).")] = None,
-    title: Annotated[str, typer.Option(help="Of the picture.")] = "one step",
+    plot: Annotated[Path | None, typer.Option(help="Draw the first step into this PNG file.")] = None,
+    title: Annotated[str, typer.Option(help="Title of that drawing.")] = "one step",
 ) -> None:
-    """Merge the ranks of a trace and say what was exposed, what was hidden, and who was waited for."""
-    from cocodiff.observe import trace as reports
+    """Merge the traces of all ranks, and say how long compute waited, what was hidden and which rank was slowest."""
+    from cocodiff.observe.draw import plot_step
+    from cocodiff.observe.summary import describe, summary
+    from cocodiff.observe.trace import read_traces, spans_by_rank
 
-    events = reports.read_traces(folder)
+    events = read_traces(folder)
     merged = out or folder / "merged.json"
     try:
         merged.write_text(json.dumps({"traceEvents": events}))
     except OSError as error:
         raise ConfigError(f"{merged}: cannot be written ({error.strerror or error}).") from None
-    spans = reports.spans_by_rank(events)
-    print(reports.describe(reports.summary(spans)))
+    spans = spans_by_rank(events)
+    print(describe(summary(spans)))
     print(f"merged: {merged} (open it in https://ui.perfetto.dev)")
     if plot is not None:
-        reports.plot_step(spans, plot, title)
+        plot_step(spans, plot, title)

@@ -1,4 +1,4 @@
-"""Starting local ranks, and saying which rank speaks."""
+"""What several commands share: help texts, the start of local ranks, and the words that name a rank."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ import sys
 
 from cocodiff.errors import CocodiffError
 
+DEVICE_HELP = "Device of every rank: cpu, cuda or xpu. If left out, the local accelerator, else the CPU."
+CLUSTER_HELP = "Levels and links of the cluster: auto, the name of a preset, or a JSON file."
+RANKS_HELP = "Start this many ranks on this machine. If left out, the ranks of the launcher are used."
+
 
 def rank_words() -> str:
-    """ " (rank 3)" where this process is one of several."""
+    """Return " (rank 3)" if this process is rank 3 of several, and "" if it is the only one."""
     from cocodiff.launch import discover
 
     try:
@@ -21,7 +25,10 @@ def rank_words() -> str:
 
 
 def start_ranks(ranks: int) -> int:
-    """This very command on local ranks of torchrun, which ends all of them when one fails."""
+    """Run the command of this process on that many local ranks of torchrun, and return its exit status.
+
+    torchrun ends all of them when one fails.
+    """
     arguments = sys.argv[1:]
     position = next(i for i, argument in enumerate(arguments) if argument.split("=")[0] == "--ranks")
     del arguments[position : position + (1 if "=" in arguments[position] else 2)]

@@ -3,19 +3,6 @@
 from cocodiff.exchange.flat import FlatExchange
 from cocodiff.exchange.ring import Ring
 from cocodiff.exchange.staged import StagedExchange
-from cocodiff.exchange.ulysses import Exchange, Pending, gather_equal, gather_rows, to_heads, to_sequence
-from cocodiff.parallel.layout import Layout, split_sizes
+from cocodiff.exchange.ulysses import Exchange, Pending, to_heads, to_sequence
 
-__all__ = [
-    "Exchange",
-    "FlatExchange",
-    "Layout",
-    "Pending",
-    "Ring",
-    "StagedExchange",
-    "gather_equal",
-    "gather_rows",
-    "split_sizes",
-    "to_heads",
-    "to_sequence",
-]
+__all__ = ["Exchange", "FlatExchange", "Pending", "Ring", "StagedExchange", "to_heads", "to_sequence"]

@@ -1,4 +1,4 @@
-"""The two directions of Ulysses (arXiv 2309.14509) and the gather at the end, in terms of any exchange.
+"""The two directions of Ulysses (arXiv 2309.14509), in terms of any exchange.
 
 Legend: B batch, S sequence, H heads, D head_dim; `_local` sizes belong to this rank.
 """
@@ -8,11 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from cocodiff.exchange.lanes import Lane, Ticket
+from cocodiff.exchange.lanes import Ticket
 from cocodiff.kernels import pack_heads, pack_rows, unpack_heads, unpack_rows
 from cocodiff.parallel.layout import Layout, Traffic, to_heads_traffic, to_sequence_traffic
 
@@ -70,26 +68,3 @@ def to_sequence(exchange: Exchange, x: Tensor, layout: Layout, rank: int, label:
     send = pack_rows(x, layout.seq_lens, exchange.order)
     ticket = exchange.start(send, to_sequence_traffic(layout, batch, head_dim), label)
     return Pending(ticket, lambda buffer: unpack_rows(buffer, batch, layout.num_heads, head_dim))
-
-
-def gather_rows(x: Tensor, seq_lens: tuple[int, ...], group: dist.ProcessGroup, lane: Lane) -> Tensor:
-    """`(B, S_local, C)` of every rank -> `(B, S, C)` on every rank, tokens in rank order.
-
-    Ragged shards travel padded to the longest (they differ by a token): one collective that every backend has.
-    """
-    batch, seq_len_local, channels = x.shape
-    padded = x.new_zeros(max(seq_lens), batch, channels)
-    padded[:seq_len_local] = x.transpose(0, 1)
-    gathered = gather_equal(padded, group, lane, "gather")
-    return torch.cat([part[:length] for part, length in zip(gathered, seq_lens, strict=True)]).transpose(0, 1)
-
-
-def gather_equal(x: Tensor, group: dist.ProcessGroup, lane: Lane, label: str) -> Tensor:
-    """A tensor of the same shape on every rank -> `(ranks, *shape)` on every rank."""
-
-    def all_gather(send: Tensor) -> Tensor:
-        out = send.new_empty(group.size(), *send.shape)
-        dist.all_gather(list(out), send, group=group)
-        return out
-
-    return lane.submit(all_gather, x, label).wait()

@@ -1,4 +1,4 @@
-"""From a started process to a rank of a run: discovery, device, backend, joining, and ending together."""
+"""Turns a started process into a rank of a run: discovery, device, backend, joining, agreeing, and ending together."""
 
 from cocodiff.launch.backend import choose_backend, local_device
 from cocodiff.launch.guard import Guard

@@ -1,4 +1,4 @@
-"""What all ranks must have in common is compared before anything runs: JSON and digests, never pickles."""
+"""Compares what all ranks must have in common before anything runs. JSON and digests travel, never pickles."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cocodiff.errors import MismatchError
 
 
 def gather_json(value: Any, group: dist.ProcessGroup) -> list[Any]:
-    """Every rank's JSON value, in rank order. `group` is a gloo group."""
+    """Return the JSON values of all ranks of a gloo group, in rank order. Collective."""
     host = torch.device("cpu")  # whatever torch.set_default_device says
     data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=host)
     sizes = [torch.zeros(1, dtype=torch.int64, device=host) for _ in range(group.size())]
@@ -28,10 +28,14 @@ def gather_json(value: Any, group: dist.ProcessGroup) -> list[Any]:
 
 
 def agree(fields: Mapping[str, Any], group: dist.ProcessGroup, what: str) -> None:
-    """Raise the same MismatchError on every rank unless all ranks gave equal `fields`.
+    """Raise the same MismatchError on every rank unless all ranks give equal `fields`. Collective.
 
-    Values may be numbers, strings, tensors, arrays, pictures, generators (their state counts) and containers of
-    these; of anything else only the type is compared.
+    Values may be numbers, strings, tensors, arrays, pictures, generators (compared by their state) and containers of
+    these. Of any other value only the type is compared.
+
+    Args:
+        group: a gloo group.
+        what: the subject of the error message, such as "the call".
     """
     everyone = gather_json({name: _describe(value) for name, value in fields.items()}, group)
     names = dict.fromkeys(name for given in everyone for name in given)
@@ -51,7 +55,7 @@ def agree(fields: Mapping[str, Any], group: dist.ProcessGroup, what: str) -> Non
 
 
 def _describe(value: Any) -> tuple[str, str]:
-    """A digest that decides, and a few words for people."""
+    """Return a digest, which decides whether values are equal, and a short description for the error message."""
     digest = hashlib.sha256()
     _feed(digest, value)
     key = digest.hexdigest()
@@ -66,6 +70,7 @@ def _describe(value: Any) -> tuple[str, str]:
 
 
 def _feed(digest: Any, value: Any) -> None:
+    """Update the digest with the value, and with its type, so that 1, 1.0 and "1" differ."""
     if isinstance(value, torch.Generator):
         _feed(digest, value.get_state())
     elif isinstance(value, torch.Tensor):
@@ -91,7 +96,10 @@ def _feed(digest: Any, value: Any) -> None:
 
 
 def share_random_state(device: torch.device, group: dist.ProcessGroup) -> None:
-    """Rank 0's random state (CPU and accelerator) for all ranks: the same noise, also without a generator."""
+    """Give all ranks rank 0's random state, on the CPU and the accelerator. Collective.
+
+    After that all ranks draw the same noise, even in a call without a generator.
+    """
     state = torch.get_rng_state()
     dist.broadcast(state, group=group, group_src=0)
     torch.set_rng_state(state)

@@ -1,4 +1,4 @@
-"""Which device a rank computes on, and which torch.distributed backend carries its tensors."""
+"""Chooses the device a rank computes on and the torch.distributed backend that carries its tensors."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ if TYPE_CHECKING:
 
 
 def local_device(requested: str | torch.device | None, ranks: Ranks) -> torch.device:
-    """This rank's device, made current if it is an accelerator.
+    """Return this rank's device and make it current if it is an accelerator.
 
-    `requested` None means the accelerator that torch finds, else the CPU. Among several ranks an
-    accelerator's index is always `local_rank` modulo the number of visible devices, whatever index was
-    requested: a launcher that shows each rank one device gives it index 0. A single rank keeps the index it
-    asked for.
+    `requested` None means the accelerator that torch finds, else the CPU. With several ranks the index of an
+    accelerator is `local_rank` modulo the number of visible devices, whatever index was requested, so that it is 0
+    under a launcher that shows each rank one device. A single rank keeps the index it asked for.
 
-    Raises `LaunchError` for a device that cannot be named or that this host lacks.
+    Raises `LaunchError` for a device that torch does not know or that this host lacks.
     """
     import torch
 
@@ -50,14 +49,14 @@ def local_device(requested: str | torch.device | None, ranks: Ranks) -> torch.de
 
 
 def choose_backend(device_type: str) -> tuple[str, str]:
-    """The backend for tensors on `device_type`, and one sentence saying why.
+    """Return the name of the backend for tensors on `device_type`, and one sentence that says why.
 
-    cuda takes nccl, xpu torch's own xccl (oneccl_bindings_for_pytorch ended with torch 2.8), cpu gloo, else a torch
-    built with MPI. The name is that of one backend: make a gloo group for host metadata beside it with
-    `dist.new_group(backend="gloo")`. Every rank with the same software comes to the same; `join` checks that they did.
+    cuda uses nccl, xpu torch's own xccl (oneccl_bindings_for_pytorch ended with torch 2.8), and cpu gloo, or MPI in a
+    torch that has MPI but no gloo. Metadata on the host needs a gloo group besides:
+    `dist.new_group(backend="gloo")`. Ranks with the same software choose the same backend; `join` checks that.
 
-    Raises `LaunchError` when nothing can carry such tensors. Gloo never stands in for an accelerator's
-    backend: it would stage every byte through the host unasked.
+    Raises `LaunchError` if no backend can carry such tensors. Gloo never replaces an accelerator's backend, since it
+    would copy every byte through the host.
     """
     import torch
     import torch.distributed as dist
@@ -83,17 +82,16 @@ def choose_backend(device_type: str) -> tuple[str, str]:
 
 
 def serves(backend: str, device_type: str) -> bool:
-    """Whether a backend of this name can carry `device_type` tensors as this package uses it.
+    """Return whether a backend of this name carries `device_type` tensors without a copy through the host.
 
-    torch lists gloo for cuda, too, but every byte would go through the host. Backends unknown here are
-    trusted.
+    torch accepts gloo for cuda tensors, but gloo copies them through the host. A backend with another name is trusted.
     """
     homes = {"nccl": "cuda", "xccl": "xpu", "gloo": "cpu"}
     return homes.get(backend, device_type) == device_type
 
 
 def _visible_devices(device_type: str) -> tuple[Any, int]:
-    """torch's module for this kind of device, and how many of them there are."""
+    """Return torch's module for this type of device, and the number of such devices on this host."""
     import torch
 
     try:

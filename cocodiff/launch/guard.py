@@ -1,8 +1,8 @@
-"""Ranks tell each other that one failed, so that within a deadline every rank has ended, under any launcher.
+"""Ends all ranks of a run within a deadline after one has failed, under any launcher.
 
-A rank that raises leaves the others waiting in a collective, and its launcher does not always end them: under
-MPI the failed rank itself waits, in MPI_Finalize, for ranks that wait for it. Reports travel through the
-run's store, read by a thread, since the main thread of a waiting rank is stuck.
+A rank that raises leaves the others waiting in a collective, and the launcher does not always end them. Under MPI the
+failed rank itself waits, in MPI_Finalize, for the ranks that wait for it. Here a failed rank writes a report into the
+run's store. A thread of every other rank reads it, since the main thread of a waiting rank is blocked.
 """
 
 from __future__ import annotations
@@ -23,22 +23,25 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
 _POLL_SECONDS = 1.0
-# Rank 0 may hold the store: how long it stays, at most, for the others to read what it left there.
+# Rank 0 may hold the store. It waits at most this long for the others to read the last reports.
 _LINGER_SECONDS = 3.0
 _STORE_SECONDS = 5.0
 _MESSAGE_CHARS = 400
 
 
 class Guard:
-    """Ends this process when another rank has failed in the collective call that this rank cannot finish.
+    """Ends this process if another rank has failed in the collective call that this rank is in.
 
-    `store` is one that all ranks share, such as the default group's; it is kept alive. Making guards, and
-    calls of `watch`, are collective: same order on all ranks, from one thread each. Ranks that leave the call
-    by themselves within `grace_seconds`, because they fail alike or finish, are never ended, and the next
-    call starts clean.
+    Making a guard and calling `watch` are collective: all ranks do both in the same order, each from one thread. A
+    rank that leaves the call by itself within `grace_seconds`, because it fails too or finishes, is not ended, and
+    the next call starts without any report.
 
-    At the interpreter's exit, or on `close`, the thread stops; a rank that exits while others enter another
-    call counts as failed in that call.
+    The thread stops on `close` and at the interpreter's exit. A rank that exits while others enter another call counts
+    as failed in that call.
+
+    Args:
+        store: a store that all ranks share, such as that of the default group. The guard keeps it alive.
+        grace_seconds: how long a rank may go on after it has read of a failure.
     """
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, grace_seconds: float = 10.0) -> None:
@@ -47,7 +50,7 @@ class Guard:
         self._rank = rank
         self._world_size = world_size
         self._grace_seconds = grace_seconds
-        # Several guards may share a store: each has keys of its own.
+        # Several guards may share a store, so each has keys of its own.
         number = store.add(f"cocodiff/guards/{rank}", 1)
         self._store = dist.PrefixStore(f"cocodiff/guard/{number}", store)
         self._link: dist.Store | None = None
@@ -59,21 +62,23 @@ class Guard:
         self._in_step: Callable[[], bool] | None = None
         self._closed = False
         self._last_failed = False
-        # What the thread has heard of a call: another rank's failure, or None for "rank 0 finished, exits".
+        # The last report that the thread has read: the call and another rank's failure, or None if rank 0 has finished.
         self._heard: tuple[int, str | None] = (0, None)
-        # The last call for which this rank has told rank 0 that it needs the store no more.
+        # The last call for which this rank has counted itself among those that need the store no more.
         self._released_call = 0
 
     @contextmanager
     def watch(self, what: str, in_step: Callable[[], bool] | None = None) -> Iterator[None]:
-        """While inside, a failure of another rank in the same call ends this process after the grace.
+        """While inside, end this process `grace_seconds` after another rank has failed in the same call.
 
-        `in_step` answers whether this rank is now where all ranks must be. A rank that is there still, the grace
-        after another has left the call in good order, waits for ever, and is ended, too.
+        An exception raised inside is reported to the other ranks and raised again. An inner `watch` belongs to the
+        outer one. Raises `LaunchError` if the store cannot be reached.
 
-        Any exception raised inside is reported to the other ranks and raised on. `what` names the call in
-        messages. An inner `watch` belongs to the outer one. Raises `LaunchError` when the store cannot be
-        reached.
+        Args:
+            what: names the call in messages.
+            in_step: returns whether this rank is now in a part of the call that all ranks must enter. A rank that is
+                still there `grace_seconds` after another has left the call without an error would wait for ever, so
+                it is ended as well.
         """
         if self._world_size == 1 or self._closed or self._depth:
             self._depth += 1
@@ -99,10 +104,10 @@ class Guard:
         return self._closed
 
     def close(self) -> None:
-        """Stop the thread. Idempotent; a closed guard watches nothing. Runs by itself at exit.
+        """Stop the thread. Idempotent, and called at exit. A closed guard watches nothing.
 
-        Rank 0 first waits, 3 seconds at most, until ranks that are still inside the last call know that the
-        store may go.
+        Rank 0 first waits, for at most 3 seconds, until ranks that are still in the last call have read that the store
+        is going to end.
         """
         if self._closed:
             return
@@ -115,7 +120,7 @@ class Guard:
             if self._rank == 0 and not self._last_failed:
                 self._link.set(f"finished/{self._call}", "")
                 self._linger()
-        except Exception:  # the store is gone: nobody is left to tell
+        except Exception:  # the store is gone, and so are the ranks that could read it
             pass
         with self._changed:
             self._changed.notify_all()
@@ -160,7 +165,7 @@ class Guard:
             pass
 
     def _linger(self) -> None:
-        """Wait until every rank has left the current call or read its last news, or for `_LINGER_SECONDS`."""
+        """Wait until every rank has left the current call or read its last report, at most `_LINGER_SECONDS`."""
         assert self._link is not None
         deadline = time.monotonic() + _LINGER_SECONDS
         while self._link.add("released", 0) < self._world_size * self._call and time.monotonic() < deadline:
@@ -192,13 +197,13 @@ class Guard:
         return self._closed or not self._inside or self._call != call
 
     def _news(self, call: int) -> str | None:
-        """What went wrong elsewhere in this call, if anything did."""
+        """Return what another rank has reported of this call, and None if nothing happened."""
         assert self._link is not None
-        alone = self._in_step is not None and self._in_step()
-        if self._heard[0] == call:  # and never ask again: the store may go
-            return self._heard[1] or ("rank 0 has finished this call and ended" if alone else None)
+        must_meet = self._in_step is not None and self._in_step()
+        if self._heard[0] == call:  # and never ask again, since the store may be gone
+            return self._heard[1] or ("rank 0 has finished this call and ended" if must_meet else None)
         try:
-            if alone and self._link.check([f"left/{call}"]):
+            if must_meet and self._link.check([f"left/{call}"]):
                 return self._link.get(f"left/{call}").decode(errors="replace")
             if self._link.check([f"failed/{call}"]):
                 self._heard = call, self._link.get(f"failed/{call}").decode(errors="replace")
@@ -224,7 +229,7 @@ class Guard:
             if self._gone_on(call):
                 return
             said = f"it still waits {self._grace_seconds:g} s after it heard: {news}"
-            # Not print: the stuck main thread may hold a lock of sys.stderr.
+            # Not print, since the blocked main thread may hold a lock of sys.stderr.
             os.write(2, f"cocodiff: rank {self._rank} ends: {said}\n".encode(errors="replace"))
-            # Not sys.exit: only the main thread could end the process in order, and it is stuck.
+            # Not sys.exit, since only the main thread could end the process in order, and it is blocked.
             os._exit(1)

@@ -1,4 +1,4 @@
-"""This process as one rank of the run: joined, on its device, able to talk to the others on the host."""
+"""This process as one rank of the run: joined to the others, on its device, with a gloo group for metadata."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ class Job:
     """The run that this rank belongs to.
 
     Attributes:
-        hosts: for every rank the name of its host.
-        backend: of the tensors' groups, and why; "none" on one rank.
-        host_group, guard: None on one rank.
-        shared: several pipelines live on it, so none of them may close it.
+        hosts: the name of every rank's host.
+        backend: the backend of the groups that carry tensors; "none" on one rank.
+        backend_reason: why it was chosen, in one sentence.
+        host_group: a gloo group of all ranks for metadata; None on one rank.
+        guard: ends this rank after another has failed; None on one rank.
+        shared: whether several pipelines use this job, so that none of them may close it.
     """
 
     rank: int
@@ -46,7 +48,7 @@ class Job:
 
     @contextmanager
     def watched(self, what: str, in_step: Callable[[], bool] | None = None) -> Iterator[None]:
-        """While inside, a failure of any rank ends this one, too, instead of leaving it to wait (see `Guard.watch`)."""
+        """While inside, end this rank if another one fails, instead of letting it wait (see `Guard.watch`)."""
         if self.guard is None:
             yield
         else:
@@ -54,16 +56,20 @@ class Job:
                 yield
 
     def close(self) -> None:
-        """Free what this job made for itself, unless it is shared; the default group stays. Collective; idempotent."""
+        """Stop the guard and free the host group, unless the job is shared. Collective and idempotent.
+
+        The default group stays.
+        """
         if not self.shared and self.guard is not None and self.host_group is not None and not self.guard.closed:
             self.guard.close()
             dist.destroy_process_group(self.host_group)
 
 
 def start_job(device: str | torch.device | None) -> Job:
-    """Find the ranks, take this rank's device, join (an existing process group is left alone).
+    """Find the ranks, choose this rank's device, and join torch.distributed's default group. Collective.
 
-    Collective over all ranks. LaunchError where ranks or a backend cannot be found.
+    A default group that exists already is checked and used. Raises `LaunchError` if the ranks or a backend cannot be
+    found.
     """
     ranks = discover(os.environ)
     place = local_device(device, ranks)
@@ -73,7 +79,7 @@ def start_job(device: str | torch.device | None) -> Job:
     if joined and dist.get_world_size() == 1:
         return Job(0, 1, place, "torch.distributed", (socket.gethostname(),))
     backend, reason = choose_backend(place.type)
-    join(ranks, backend, place)  # a group that exists is only checked
+    join(ranks, backend, place)  # only checks a group that exists
     if joined:
         backend, reason = _backend_of(place), "of the existing process group"
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -84,15 +90,15 @@ def start_job(device: str | torch.device | None) -> Job:
 
 
 def _backend_of(device: torch.device) -> str:
-    """The backend that the existing default group uses for this kind of device."""
+    """Return the backend that the existing default group uses for this type of device."""
     by_device = dict(part.split(":") for part in dist.get_backend_config().split(",") if ":" in part)
     return by_device.get(device.type, dist.get_backend())
 
 
 def _hosts(everyone: list[tuple[str, int, str]]) -> tuple[str, ...]:
-    """A name of its host for every rank.
+    """Return a name of every rank's host from each rank's host name, local rank and launcher.
 
-    Hosts in network namespaces or containers may share one name; then a local rank of zero starts a new host.
+    Hosts in network namespaces or containers may share one name. Then every local rank of zero starts a new host.
     """
     names = [name for name, _, _ in everyone]
     if len(set(names)) > 1 or any(launcher == "none" for _, _, launcher in everyone):

@@ -1,4 +1,4 @@
-"""Joining the default process group, after all ranks have been seen to choose the same backend."""
+"""Joins the default process group after a check that all ranks chose the same backend."""
 
 from __future__ import annotations
 
@@ -17,20 +17,18 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
 _log = logging.getLogger(__name__)
-# How long rank 0, which may hold the store, waits for the others to read why it is about to raise.
+# Rank 0 may hold the store. It waits at most this long for the others to read the verdict before it raises.
 _VERDICT_SECONDS = 10.0
 
 
 def join(ranks: Ranks, backend: str, device: torch.device, timeout_seconds: float = 600) -> None:
     """Join torch.distributed's default group with `backend` for tensors on `device`. Collective.
 
-    A group that exists already is left alone and only checked. MASTER_ADDR and MASTER_PORT, where set, say
-    where to meet; otherwise mpi4py tells. `timeout_seconds` bounds each wait for other ranks, here and in the
-    group's collectives. The group has one backend; a gloo group for host metadata goes beside it
-    (`dist.new_group(backend="gloo")`).
+    A group that exists already is only checked. The ranks meet at MASTER_ADDR and MASTER_PORT if these are set,
+    otherwise over mpi4py. `timeout_seconds` limits each wait for other ranks, here and in the group's collectives.
 
-    Raises `LaunchError` when the ranks cannot meet or the backend cannot serve, `MismatchError`, the same on
-    every rank, when ranks chose different backends.
+    Raises `LaunchError` if the ranks cannot meet or the backend cannot carry such tensors, and `MismatchError`, the
+    same on every rank, if ranks chose different backends.
     """
     import torch.distributed as dist
 
@@ -49,8 +47,7 @@ def join(ranks: Ranks, backend: str, device: torch.device, timeout_seconds: floa
 
     store = open_store(ranks, timeout_seconds)
     if ranks.world_size > 1:
-        # A number per join keeps a second group of this process, on the same store, clear of the first one's
-        # keys.
+        # With a number for each join, a second group of this process on the same store has keys of its own.
         join_number = store.add(f"cocodiff/joined/{ranks.rank}", 1)
         store = dist.PrefixStore(f"cocodiff/join/{join_number}", store)
         _agree(store, ranks, f"{backend} for {device.type}")
@@ -73,8 +70,7 @@ def join(ranks: Ranks, backend: str, device: torch.device, timeout_seconds: floa
 def check_backend(device_type: str) -> None:
     """Raise `LaunchError` with the cure unless the default group can carry `device_type` tensors.
 
-    A gloo group does not count for an accelerator: it would stage every byte through the host. The default
-    group must exist.
+    Gloo does not count for an accelerator, since it copies every byte through the host. The default group must exist.
     """
     import torch.distributed as dist
 
@@ -86,7 +82,7 @@ def check_backend(device_type: str) -> None:
 
 
 def _by_device(backend: str) -> dict[str, str]:
-    """ "cpu:gloo,cuda:nccl" by device; a plain name under "", for whatever device."""
+    """Parse a backend such as "cpu:gloo,cuda:nccl" into names by device. A plain name gets the key "" (any device)."""
     if ":" not in backend:
         return {"": backend.lower()}
     return dict(part.strip().split(":", 1) for part in backend.lower().split(",") if ":" in part)
@@ -114,7 +110,7 @@ def _check_existing(ranks: Ranks) -> None:
 
 
 def _agree(store: dist.Store, ranks: Ranks, choice: str) -> None:
-    """Every rank says its choice; rank 0 compares them and all leave with the same verdict."""
+    """Compare all ranks' choices on rank 0, and raise the same MismatchError on every rank if they differ."""
     try:
         store.set(f"choice/{ranks.rank}", choice)
         if ranks.rank == 0:

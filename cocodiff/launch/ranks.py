@@ -1,7 +1,7 @@
-"""Which rank this process is, from what its launcher left in the environment.
+"""Finds out which rank this process is from the variables that its launcher has set.
 
-Known are torchrun (RANK, WORLD_SIZE, LOCAL_RANK), MPICH and Intel MPI's Hydra (PMI_*, MPI_LOCAL*), PMIx,
-PALS, Open MPI and Slurm steps. The names in the tuples below stand in the order in which they are asked.
+Known launchers are torchrun (RANK, WORLD_SIZE, LOCAL_RANK), MPICH and Intel MPI's Hydra (PMI_*, MPI_LOCAL*), PMIx,
+PALS, Open MPI and Slurm steps. The first name of a tuple below that is set counts.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from cocodiff.errors import LaunchError
 
-# launcher -> the variable with the rank, and the one with the size (None: this launcher tells no size).
+# Launcher -> the variable with the rank, and the one with the number of ranks (None if the launcher sets none).
 _LAUNCHERS: Mapping[str, tuple[str, str | None]] = {
     "torchrun": ("RANK", "WORLD_SIZE"),
     "pmi": ("PMI_RANK", "PMI_SIZE"),
@@ -37,7 +37,7 @@ _LOCAL_SIZES = (
     "OMPI_COMM_WORLD_LOCAL_SIZE",
     "MPI_LOCALNRANKS",
 )
-# Slurm numbers the batch script itself, interactive shells and the like from here on: they are no job steps.
+# From this number on Slurm numbers the batch script itself, interactive shells and the like, which are no job steps.
 _SLURM_FIRST_SPECIAL_STEP = 0xFFFFFFF0
 
 
@@ -46,9 +46,10 @@ class Ranks:
     """This process among the processes of its run.
 
     Attributes:
-        rank: 0 .. world_size - 1.
-        local_rank: among the ranks of this host; chooses the device.
-        local_world_size: ranks on this host; None where the launcher does not tell.
+        rank: this process's number, 0 to world_size - 1.
+        local_rank: its number among the ranks of this host; chooses the device.
+        world_size: the number of ranks of the run.
+        local_world_size: the number of ranks on this host; None if the launcher does not say.
         launcher: "torchrun", "pmi", "pmix", "pals", "openmpi", "slurm" or "none".
     """
 
@@ -60,14 +61,13 @@ class Ranks:
 
 
 def discover(environ: Mapping[str, str]) -> Ranks:
-    """The ranks that the launcher's variables in `environ` describe; one rank where there are none.
+    """Return the ranks that the launcher's variables in `environ` describe, and one rank if there are none.
 
-    torchrun's variables win over all others. PALS and PMIx tell no global size; where no other variable does,
-    MPI itself (mpi4py) is asked. Slurm counts only inside a job step: a plain `python` in an allocation stays
-    alone.
+    torchrun's variables come before all others. PALS and PMIx set no number of ranks; if no other variable has it, MPI
+    (mpi4py) is asked. Slurm's variables count only in a job step: a plain `python` in an allocation is one rank.
 
-    Raises `LaunchError` naming variable, value and cure for values that are not whole numbers, ranks outside
-    of their size, sets of which a part is missing, and sizes that contradict each other.
+    Raises `LaunchError` with variable, value and cure if a value is not a whole number, a rank is not below its size,
+    a variable is missing, or sizes contradict each other.
     """
     if not _in_slurm_step(environ):
         environ = {name: value for name, value in environ.items() if not name.startswith("SLURM_")}
@@ -133,7 +133,7 @@ def _refuse_above(name: str, value: int, limit_name: str, limit: int, inclusive:
 
 
 def _size_name(environ: Mapping[str, str], rank_name: str, own_size_name: str | None) -> str | None:
-    """The variable that holds the global size; None when only MPI knows it."""
+    """Return the variable that holds the number of ranks, and None if only MPI knows it."""
     if own_size_name in environ:
         return own_size_name
     if rank_name != "RANK" and ("PMIX_RANK" in environ or "PALS_RANKID" in environ):
@@ -149,8 +149,7 @@ def _size_from_mpi(rank_name: str, rank: int, local_world_size: int | None) -> i
         from mpi4py import MPI
     except Exception as error:  # a missing package, or one whose MPI library does not load
         raise LaunchError(
-            f"{rank_name}={rank} is set, and this launcher tells the number of ranks to MPI only, but mpi4py "
-            "cannot "
+            f"{rank_name}={rank} is set, and this launcher gives the number of ranks only to MPI, but mpi4py cannot "
             f'be imported ({error}): pip install "cocodiff[mpi]", or set RANK, WORLD_SIZE and LOCAL_RANK'
         ) from error
     mpi_rank, mpi_size = MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size()

@@ -1,7 +1,6 @@
-"""Where the ranks of a run first meet: a key-value store on rank 0 that every rank can reach.
+"""Opens the key-value store on rank 0 over which the ranks of a run first meet.
 
-Its address comes from MASTER_ADDR and MASTER_PORT, else over MPI. MPI carries plain buffers only: nothing is
-pickled.
+Its address comes from MASTER_ADDR and MASTER_PORT, otherwise over MPI, which carries plain buffers: nothing is pickled.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
 _CURE = 'pip install "cocodiff[mpi]", or set MASTER_ADDR and MASTER_PORT to an address and a free port of rank 0'
-# By the time MPI has told the address every rank is running, so that a connection is quick or never.
+# When MPI has delivered the address, every rank is running, so that a connection succeeds quickly or never.
 _CONNECT_SECONDS = 60.0
 _ADDRESS_BYTES = 256
 
 
 def open_store(ranks: Ranks, timeout_seconds: float) -> dist.Store:
-    """A store that all ranks share. Collective; raises `LaunchError` with the cure."""
+    """Open a store that all ranks share. Collective. Raises `LaunchError` with the cure."""
     import torch.distributed as dist
 
     if ranks.world_size == 1:
@@ -35,7 +34,7 @@ def open_store(ranks: Ranks, timeout_seconds: float) -> dist.Store:
     if address and port:
         timeout = timedelta(seconds=timeout_seconds)
         try:
-            # torch's own reading of these two, because under torchrun the store is the agent's, not rank 0's.
+            # torch reads these two itself, because under torchrun the agent holds the store, not rank 0.
             return next(iter(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=timeout)))[0]
         except (RuntimeError, ValueError) as error:
             raise LaunchError(
@@ -52,7 +51,7 @@ def open_store(ranks: Ranks, timeout_seconds: float) -> dist.Store:
 
 
 def _open_store_by_mpi(ranks: Ranks, timeout_seconds: float, address: str | None) -> dist.Store:
-    # MPI waits without end, and a rank that failed before it came here tells nobody.
+    # MPI waits for ever, and a rank that failed before it came here cannot report that.
     said = (
         f"rank {ranks.rank} waited {timeout_seconds:g} s in vain for all {ranks.world_size} ranks to start: one failed"
     )
@@ -73,12 +72,12 @@ def _open_store_by_mpi(ranks: Ranks, timeout_seconds: float, address: str | None
     failure: Exception | None = None
     if ranks.rank == 0:
         try:
-            # The port is bound before anyone hears of it, so that nobody takes it in between.
+            # The port is bound before its number is sent, so that no other process can take it in between.
             store = _tcp_store("127.0.0.1", 0, ranks)
             message[:2] = store.port.to_bytes(2, "big")
             text = (address or _own_address()).encode()[:_ADDRESS_BYTES]
             message[2 : 2 + len(text)] = text
-        except Exception as error:  # the others wait for the broadcast: tell them with port 0, then raise
+        except Exception as error:  # the others wait for the broadcast: send them port 0, then raise
             message[:2] = bytes(2)
             failure = error
     comm.Bcast(message, root=0)
@@ -99,11 +98,11 @@ def _open_store_by_mpi(ranks: Ranks, timeout_seconds: float, address: str | None
 
 def _give_up(said: str) -> None:
     os.write(2, f"cocodiff: {said}\n".encode())
-    os._exit(1)  # the main thread is inside MPI and could not
+    os._exit(1)  # the main thread is blocked inside MPI
 
 
 def _world_communicator(ranks: Ranks) -> Any:
-    """MPI's world, after checking that the launcher and the library mean the same ranks."""
+    """Return MPI's world communicator after a check that the launcher and the library agree on the ranks."""
     try:
         from mpi4py import MPI
     except Exception as error:  # a missing package, or one whose MPI library does not load
@@ -138,7 +137,7 @@ def _tcp_store(address: str, port: int, ranks: Ranks) -> dist.TCPStore:
 
 
 def _host_digest() -> bytes:
-    """Equal on ranks that share a loopback address: same host name, same network namespace."""
+    """Return a digest that is equal on ranks with the same loopback address (host name and network namespace)."""
     try:
         namespace = os.readlink("/proc/self/ns/net")
     except OSError:
@@ -147,7 +146,7 @@ def _host_digest() -> bytes:
 
 
 def _own_address() -> str:
-    """An address of this host that others may reach: its name's, else its default route's, else its name."""
+    """Return an address of this host that others may reach: of its name, else its default route, else the name."""
     name = socket.gethostname()
     try:
         address = socket.gethostbyname(name)
@@ -159,7 +158,7 @@ def _own_address() -> str:
         pass
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect(("192.0.2.1", 9))  # sends nothing; TEST-NET-1 is nobody's
+            probe.connect(("192.0.2.1", 9))  # sends nothing; TEST-NET-1 is reserved for documentation
             return str(probe.getsockname()[0])
     except OSError:
         return name

@@ -1,4 +1,4 @@
-"""Model families: one short file each, found by the pipeline's class name."""
+"""Model families: a folder each, found by the pipeline's class name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cocodiff.models.qwen.family import QWEN
 from cocodiff.models.sd3.family import SD3
 from cocodiff.models.wan.family import WAN
 
-__all__ = ["FAMILIES", "Family", "family_of"]
+__all__ = ["FAMILIES", "Family", "family_named", "family_of"]
 
 FAMILIES = (FLUX, FLUX2, SD3, QWEN, WAN)
 
@@ -23,3 +23,11 @@ def family_of(pipeline_class: type) -> Family:
                 return family
     supported = ", ".join(name for family in FAMILIES for name in family.pipelines)
     raise ConfigError(f"cocodiff cannot wrap {pipeline_class.__name__}. Supported pipelines: {supported}.")
+
+
+def family_named(name: str) -> Family:
+    """ValueError for a name that no family has."""
+    for family in FAMILIES:
+        if family.name == name:
+            return family
+    raise ValueError(f"unknown family {name!r}; supported: {', '.join(family.name for family in FAMILIES)}")

@@ -1,40 +1,54 @@
-"""One matrix for several projections, and how V can come first all the same."""
+"""The projections of an attention module: a linear layer each, or one matrix for several of them.
+
+Each projection of one matrix uses its own rows of the weight, so that V can come first all the same.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+Projections = Mapping[str, Callable[[Tensor], Tensor]]  # by label: "q", "k", "v"
 
-class Fused:
-    """Projections that one matrix makes at once, each by its own rows of it: so V can come first all the same.
 
-    Where something was added to the linear layer its weights are not the whole truth: it is called, and all parts come
-    at once.
+@dataclass(frozen=True)
+class FusedPart:
+    """One of the projections that a matrix makes: `rows` of its weight.
 
-    Args:
-        sizes: rows of the weight for each label, in order.
+    Only for a plain linear layer (`cocodiff.compat.is_plain_linear`): where something was added to it the weight is not
+    all that it does, and the layer must be called as a whole.
     """
 
-    def __init__(self, linear: nn.Module, sizes: Mapping[str, int]) -> None:
-        self.linear, self._sizes = linear, dict(sizes)
+    linear: Any
+    rows: slice
 
-    @property
-    def at_once(self) -> bool:
-        hooks = ("_hf_hook", "_diffusers_hook", "forward")
-        return (
-            type(self.linear) is not nn.Linear
-            or bool(self.linear._forward_hooks or self.linear._forward_pre_hooks)
-            or any(name in vars(self.linear) for name in hooks)
-        )
+    def __call__(self, x: Tensor) -> Tensor:
+        bias = self.linear.bias
+        return F.linear(x, self.linear.weight[self.rows], None if bias is None else bias[self.rows])
 
-    def all(self, x: Tensor) -> dict[str, Tensor]:
-        return dict(zip(self._sizes, self.linear(x).split(list(self._sizes.values()), dim=-1), strict=True))
 
-    def one(self, label: str, x: Tensor) -> Tensor:
-        labels = list(self._sizes)
-        start = sum(self._sizes[before] for before in labels[: labels.index(label)])
-        rows, linear = slice(start, start + self._sizes[label]), self.linear
-        return F.linear(x, linear.weight[rows], None if linear.bias is None else linear.bias[rows])  # type: ignore
+def fused_parts(linear: Any, sizes: Mapping[str, int]) -> Projections:
+    """The projections of one matrix. `sizes`: rows of its weight for each label, in order."""
+    parts, start = {}, 0
+    for label, size in sizes.items():
+        parts[label] = FusedPart(linear, slice(start, start + size))
+        start += size
+    return parts
+
+
+def projections(attn: Any) -> Projections:
+    """Q, K and V of a diffusers attention module, fused or not."""
+    if attn.fused_projections:
+        return fused_parts(attn.to_qkv, dict.fromkeys("qkv", attn.inner_dim))
+    return {"q": attn.to_q, "k": attn.to_k, "v": attn.to_v}
+
+
+def added_projections(attn: Any) -> Projections:
+    """Q, K and V of the stream whose projections diffusers calls "added": text."""
+    if attn.fused_projections:
+        return fused_parts(attn.to_added_qkv, dict.fromkeys("qkv", attn.inner_dim))
+    return {"q": attn.add_q_proj, "k": attn.add_k_proj, "v": attn.add_v_proj}

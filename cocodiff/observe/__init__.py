@@ -1,1 +1,1 @@
-"""What a run did: bytes by link and tensor, timelines, traces."""
+"""What a run did: bytes by level and tensor, timelines, traces, and what these show."""

@@ -1,4 +1,4 @@
-"""How many bytes this rank has sent to other ranks, by level of the cluster and by tensor."""
+"""Counts the bytes that this rank sends to other ranks, by level of the cluster and by tensor."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 
 
 @dataclass
-class Tally:
-    """Counted where exchanges start, from their sizes: payload alone, what a rank keeps for itself excluded.
+class ByteCounter:
+    """Counts payload where exchanges start, from their sizes. What a rank keeps for itself is not counted.
 
     Attributes:
         sent: (level, label) -> bytes.
-        exact: the same, had everything been sent as it is.
+        exact: (level, label) -> bytes that an exact run would have sent.
 
-    >>> tally = Tally()
-    >>> tally.add("v", (8, 16), exact=(8, 64))
-    >>> tally.by_level(2), tally.by_label(), tally.exact[1, "v"]
+    >>> counter = ByteCounter()
+    >>> counter.add("v", (8, 16), exact=(8, 64))
+    >>> counter.by_level(2), counter.by_label(), counter.exact[1, "v"]
     ([8, 16], {'v': 24}, 64)
     """
 
@@ -30,7 +30,7 @@ class Tally:
             self.exact[level, label] += count if exact is None else exact[level]
 
     def snapshot(self) -> tuple[Counter, Counter]:
-        """`sent` and `exact`, as they are now."""
+        """Return copies of `sent` and `exact`."""
         return Counter(self.sent), Counter(self.exact)
 
     def clear(self) -> None:

@@ -1,4 +1,4 @@
-"""A record of what began and ended when, on the compute lane and on every link's lane of one rank."""
+"""Records when spans of work began and ended on one rank: on its compute and on each of its lanes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ COMPUTE = "compute"
 
 @dataclass(frozen=True)
 class Mark:
-    """One begin or end. `seconds` counts from the timeline's start."""
+    """The begin or the end of a span, in seconds from the start of the timeline."""
 
-    kind: str  # "begin" | "end"
+    kind: str  # "begin" or "end"
     lane: str
     label: str
     seconds: float
@@ -26,7 +26,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of one lane, in seconds from the timeline's start."""
+    """A named stretch of time on one lane, in seconds from the start of the timeline."""
 
     lane: str
     label: str
@@ -39,10 +39,10 @@ class Span:
 
 
 class Timeline:
-    """Begin and end of every span, in the order in which they happened (or were issued) on this rank.
+    """Keeps the begin and the end of every span in the order in which this rank issued them.
 
-    On the CPU times are the host's. On an accelerator each is an event on the stream that is current, so they say when
-    the device came there, not when the host asked for it.
+    On the CPU times are those of the host. On an accelerator each is an event on the current stream, so it says when
+    the device reached this point, not when the host asked for it.
 
     >>> timeline = Timeline()
     >>> with timeline.span("compute", "q"):
@@ -59,11 +59,12 @@ class Timeline:
         self._start = self._now()
 
     def restart(self) -> None:
-        """Forget everything; time begins now."""
+        """Drop all marks and let time begin now."""
         self._taken, self._start = [], self._now()
 
     @contextmanager
     def span(self, lane: str, label: str) -> Iterator[None]:
+        """While inside, a span of this label is under way on the lane."""
         self._add("begin", lane, label)
         try:
             yield
@@ -72,13 +73,13 @@ class Timeline:
 
     @property
     def marks(self) -> list[Mark]:
-        """All marks so far. Waits for the accelerator, if there is one."""
+        """All marks so far. Waits for the accelerator if there is one."""
         if self._api is not None:
             self._api.synchronize()
         return [Mark(kind, lane, label, self._seconds(when)) for kind, lane, label, when in self._taken]
 
     def spans(self) -> list[Span]:
-        """All spans that have ended, by their end; those of one lane may lie within each other."""
+        """Return all spans that have ended, in the order of their ends. Spans of one lane may be nested."""
         open_spans: dict[str, list[Mark]] = {}
         spans = []
         for mark in self.marks:

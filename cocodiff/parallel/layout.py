@@ -154,14 +154,9 @@ def axis_sizes(sizes: tuple[int, ...], stride: int, size: int) -> tuple[int, ...
     return tuple(size if level == crossed else 1 for level in range(len(sizes)))
 
 
-@lru_cache(maxsize=4096)
-def sent_flat(traffic: Traffic, sizes: tuple[int, ...], rank: int) -> tuple[int, ...]:
-    """Elements that this rank sends through each level in one flat exchange."""
-    sent = [0] * len(sizes)
-    for peer in range(len(traffic.source)):
-        if peer != rank:
-            sent[outer_difference(rank, peer, sizes)] += traffic.block(rank, peer)
-    return tuple(sent)
+def outermost(sizes: tuple[int, ...]) -> int:
+    """The outermost level that has more than one part; 0 if none has."""
+    return max((level for level, size in enumerate(sizes) if size > 1), default=0)
 
 
 @dataclass(frozen=True)

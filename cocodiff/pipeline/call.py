@@ -1,102 +1,26 @@
-"""What is attached to a wrapped pipeline, and what happens around each of its calls."""
+"""Around each call of a wrapped pipeline: the ranks compare what they were given and share their randomness."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-import logging
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 
-from cocodiff.config import Config
+from cocodiff.compat import describe_adapters, sample_weights
 from cocodiff.errors import PatchError
 from cocodiff.launch.agree import agree, share_random_state
-from cocodiff.launch.job import Job
 from cocodiff.models import family_of
-from cocodiff.parallel.mesh import Mesh
-from cocodiff.pipeline.call_report import account
-from cocodiff.pipeline.forward import Door
-from cocodiff.state import Engine
-from cocodiff.topology import Cluster
-
-_log = logging.getLogger(__name__)
-
-
-@dataclass
-class Attachment:
-    """What `pipe.cocodiff` is: this rank's place in the run, and what was attached to the pipeline.
-
-    Attributes:
-        is_main: true on the one rank that saves and prints.
-        cluster, cluster_reason: the topology in use and where it came from; None on one rank.
-        doors: by name, the transformers that run on shards; none on one rank, where nothing but the device was changed.
-    """
-
-    job: Job
-    config: Config
-    pipeline_class: type
-    cluster: Cluster | None = None
-    cluster_reason: str = "one rank"
-    doors: dict[str, Door] = field(default_factory=dict)
-    said_idle: bool = False
-    last: dict[str, Any] | None = None
-
-    def report(self) -> dict[str, Any]:
-        """What the last call sent, missed and held; docs/selective.md explains the keys.
-
-        Raises:
-            PatchError: no call has ended yet.
-        """
-        if self.job.world_size == 1:
-            return {"transmission": None, "reason": "one rank sends nothing", "bytes": {}, "share": {}}
-        if self.last is None:
-            raise PatchError("there is nothing to report: no call has ended yet.")
-        return self.last
-
-    @property
-    def engine(self) -> Engine | None:
-        """Mesh, lanes and exchanges; None on one rank."""
-        return next((door.engine for door in self.doors.values()), None)
-
-    @property
-    def mesh(self) -> Mesh | None:
-        """The axes and this rank's place on them: `print(pipe.cocodiff.mesh)`; None on one rank."""
-        return None if self.engine is None else self.engine.mesh
-
-    @property
-    def rank(self) -> int:
-        return self.job.rank
-
-    @property
-    def world_size(self) -> int:
-        return self.job.world_size
-
-    @property
-    def is_main(self) -> bool:
-        return self.job.is_main
-
-    @property
-    def device(self) -> torch.device:
-        return self.job.device
-
-
-def weights(module: torch.nn.Module) -> torch.Tensor:
-    """A few values of each parameter: enough to tell other weights, and adapters, from these."""
-    with torch.no_grad():
-        sample = [p.flatten()[:8].to(torch.float32) for p in module.parameters() if not p.is_meta]
-        return torch.cat(sample).cpu() if sample else torch.zeros(0, device="cpu")
-
-
-def _adapters(module: torch.nn.Module) -> list[str]:
-    """Which adapters are active where, and how strongly; their weights are parameters."""
-    tuned = [(name, part) for name, part in module.named_modules() if hasattr(part, "active_adapters")]
-    return [f"{name} {part.active_adapters} {getattr(part, 'scaling', '')}" for name, part in tuned if name]
+from cocodiff.pipeline.call_report import call_report
+from cocodiff.pipeline.forward import ShardedForward, check_call
+from cocodiff.pipeline.handle import Handle
+from cocodiff.selective.exchange import SlowLinks
+from cocodiff.selective.run import SelectiveCall
+from cocodiff.state import CallState
 
 
 def subclass(base: type) -> type:
@@ -116,55 +40,87 @@ def subclass(base: type) -> type:
     return type(base.__name__, (base,), {"__call__": call, "__module__": base.__module__, "__doc__": base.__doc__})
 
 
-def _times(pipeline: Any) -> list[float]:
-    """The scheduler's, of the steps that the call runs: an image-to-image call leaves out the first ones."""
-    return pipeline.scheduler.timesteps.tolist()[-pipeline._num_timesteps :]
+@contextmanager
+def call_running(
+    forwards: Sequence[ShardedForward], guided: bool, batched: bool, times: Callable[[], Sequence[float]] | None
+) -> Iterator[CallState]:
+    """While inside, these transformers of one pipeline run one call of it; collective where its mesh is new.
+
+    Args:
+        guided: the pipeline calls the transformer twice a step, for guidance.
+        batched: the batch holds both branches of guidance.
+        times: of the run's steps, known from the first forward on; transmission is selective with them only.
+    """
+    session, plan = forwards[0].session, forwards[0].plan()
+    call = CallState(session, plan, session.connect(plan), guided)
+    if plan.selective is not None and plan.coded_from is not None and times is not None:
+        branches = 2 if guided and call.mesh.cfg.size == 1 and not batched else 1
+        links = SlowLinks(plan.coded_from, session.lane("encode"), session.lane("decode"))
+        kv_only = plan.kv_only(call.mesh)
+        call.selective = SelectiveCall(plan.selective, kv_only, times, branches, session.device, session.warn, links)
+    with ExitStack() as stack:
+        for forward in forwards:
+            stack.enter_context(forward.in_call(call))
+        yield call
+    check_call(call)
 
 
 @contextmanager
 def _running(pipeline: Any, given: dict[str, Any]) -> Iterator[None]:
-    """Around one call of a wrapped pipeline: the ranks compare what they were given and share their randomness."""
-    attachment: Attachment = pipeline.cocodiff
-    job, doors, group = attachment.job, attachment.doors, attachment.job.host_group
-    assert group is not None
-    with job.watched(f"a call of {type(pipeline).__name__}", lambda: any(door.running for door in doors.values())):
-        state: dict[str, Any] = {}
-        for name, door in doors.items():
-            if getattr(pipeline, name) is not door.transformer:
-                raise PatchError(f"pipe.{name} was replaced after cocodiff.wrap: unwrap(pipe) and wrap(pipe) again.")
-            state[f"adapters of {name}"] = _adapters(door.transformer)
-            state[f"weights of {name}"] = weights(door.transformer)
-        place = torch.device(pipeline._execution_device)
-        if place.type != job.device.type or place.index not in (None, job.device.index):
-            raise PatchError(f"the pipeline is on {place}, but this rank's device is {job.device}: do not move it.")
-        submitted = [door.engine.unsettled for door in doors.values()]
-        steps = {"exchanges so far (a call failed on some ranks: unwrap and wrap again)": submitted}
-        agree(given | state | steps, group, f"the call of {type(pipeline).__name__}")
-        share_random_state(job.device, group)
-        bars = getattr(pipeline, "_progress_bar_config", None)
-        if not job.is_main:
-            pipeline.set_progress_bar_config(**{**(bars or {}), "disable": True})
-        family, mesh = family_of(attachment.pipeline_class), attachment.mesh
-        guided = family.guided(pipeline, given)
-        if mesh is not None and mesh.cfg.size > 1 and not (guided or family.batched or attachment.said_idle):
-            attachment.said_idle = True
-            if job.is_main:
-                _log.warning("cfg_degree=2, but this call has no guidance: both halves of the ranks compute the same.")
-        engine = attachment.engine
-        before = (Counter(), Counter()) if engine is None else engine.tally.snapshot()
-        try:
-            with ExitStack() as stack:
-                for door in doors.values():
-                    stack.enter_context(door.in_pipeline(guided, partial(_times, pipeline)))
-                yield
-            for door in doors.values():
-                door.engine.settled()
-        finally:
-            if not job.is_main:
-                if bars is None:
-                    del pipeline._progress_bar_config
-                else:
-                    pipeline._progress_bar_config = bars
-    if engine is not None:  # a call of its own: a rank that waits in the other for one that is here must hear of that
-        with job.watched("the report of a call"):
-            attachment.last = account(engine, before)
+    """Around one call of a wrapped pipeline on several ranks."""
+    handle: Handle = pipeline.cocodiff
+    job, forwards, session = handle.job, handle.forwards, handle.session
+    assert job.host_group is not None and session is not None
+    with job.watched(f"a call of {type(pipeline).__name__}", lambda: any(one.inside for one in forwards.values())):
+        _compare(pipeline, handle, given)
+        share_random_state(job.device, job.host_group)
+        family = family_of(handle.pipeline_class)
+        guided, before = family.guided(pipeline, given), session.bytes.snapshot()
+        running = call_running(list(forwards.values()), guided, bool(family.batched), partial(_times, pipeline))
+        with _quiet(pipeline, job.is_main), running as call:
+            if call.mesh.cfg.size > 1 and not (guided or family.batched):
+                text = "cfg_degree=2, but this call has no guidance: both halves of the ranks compute the same."
+                session.warn("idle half", text)
+            yield
+        session.settle()
+    with job.watched("the report of a call"):  # a rank that waits in the other for one that is here must hear of that
+        handle.last_report = call_report(call, before)
+
+
+def _compare(pipeline: Any, handle: Handle, given: dict[str, Any]) -> None:
+    """Raise MismatchError unless all ranks were given the same and are alike; PatchError where parts were replaced."""
+    job, name = handle.job, type(pipeline).__name__
+    assert job.host_group is not None and handle.session is not None
+    state: dict[str, Any] = {}
+    for part, forward in handle.forwards.items():
+        if getattr(pipeline, part) is not forward.transformer:
+            raise PatchError(f"pipe.{part} was replaced after cocodiff.wrap: unwrap(pipe) and wrap(pipe) again.")
+        state[f"adapters of {part}"] = describe_adapters(forward.transformer)
+        state[f"weights of {part}"] = sample_weights(forward.transformer)
+    place = torch.device(pipeline._execution_device)
+    if place.type != job.device.type or place.index not in (None, job.device.index):
+        raise PatchError(f"the pipeline is on {place}, but this rank's device is {job.device}: do not move it.")
+    state["exchanges so far (a call failed on some ranks: unwrap and wrap again)"] = handle.session.unsettled
+    agree(given | state, job.host_group, f"the call of {name}")
+
+
+@contextmanager
+def _quiet(pipeline: Any, is_main: bool) -> Iterator[None]:
+    """While inside, progress bars show on rank 0 only."""
+    if is_main:
+        yield
+        return
+    bars = getattr(pipeline, "_progress_bar_config", None)
+    pipeline.set_progress_bar_config(**{**(bars or {}), "disable": True})
+    try:
+        yield
+    finally:
+        if bars is None:
+            del pipeline._progress_bar_config
+        else:
+            pipeline._progress_bar_config = bars
+
+
+def _times(pipeline: Any) -> list[float]:
+    """The scheduler's times of the steps that the call runs: an image-to-image call leaves out the first ones."""
+    return pipeline.scheduler.timesteps.tolist()[-pipeline._num_timesteps :]

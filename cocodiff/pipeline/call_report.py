@@ -1,4 +1,4 @@
-"""What a run sent, what it missed and what it held: the report of a wrapped pipeline, as JSON values."""
+"""What a call sent, what it missed and what it held: the report of a wrapped pipeline, as JSON values."""
 
 from __future__ import annotations
 
@@ -9,28 +9,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cocodiff.errors import CocodiffError
+from cocodiff.errors import CopiesDifferError
 from cocodiff.launch.agree import gather_json
-from cocodiff.selective.exchange import ENDS
-from cocodiff.selective.schedule import Selective
-from cocodiff.state import Engine
+from cocodiff.selective.run import SelectiveCall
+from cocodiff.state import CallState
 
 LABELS = ("q", "k", "v", "o")
 
 
-class CopiesDiffer(CocodiffError):
-    """Sender and receiver of a slow link did not hold the same: what was drawn is wrong."""
-
-
-def account(engine: Engine, before: tuple[Counter, Counter]) -> dict[str, Any]:
-    """Of the run that has just ended. Collective over all ranks.
+def call_report(call: CallState, before: tuple[Counter, Counter]) -> dict[str, Any]:
+    """Report on a call that has just ended. Collective over all ranks.
 
     Args:
-        before: what the tally had when it began: bytes sent, and those of an exact run.
+        before: what the byte counter had when it began: bytes sent, and those of an exact call.
 
     Returns:
         mesh: the degrees.
-        transmission: `Selective`'s fields, the level `from_level` where it begins, `planned_share` of this run (short
+        transmission: `Selective`'s fields, the level `from_level` where it begins, `planned_share` of this call (short
             ones send more), and `coded_layers` of how many; None for exact, `reason` says why.
         bytes: level -> tensor -> `sent` and `exact`, what all ranks together sent, and would have sent.
         share: of the exact bytes, level by level.
@@ -40,9 +35,9 @@ def account(engine: Engine, before: tuple[Counter, Counter]) -> dict[str, Any]:
         guard: `step`, `error` of the worst rank and `rungs` raised, of each forward of this rank's branches; empty
             without `max_error`.
     """
-    mesh, selection, group = engine.mesh, engine.selection, engine.mesh.host_group
+    mesh, selective, group = call.mesh, call.selective, call.mesh.host_group
     levels = [level.name for level in mesh.cluster.levels]
-    sent, exact = engine.tally.snapshot()
+    sent, exact = call.session.bytes.snapshot()
     mine = [[*key, sent[key] - before[0][key], count - before[1][key]] for key, count in exact.items()]
     moved: dict[str, dict[str, dict[str, int]]] = {level: {} for level in levels}
     for level, label, count, whole in [row for rows in gather_json(mine, group) for row in rows if row[3]]:
@@ -59,54 +54,51 @@ def account(engine: Engine, before: tuple[Counter, Counter]) -> dict[str, Any]:
             if tensors
         },
     }
-    if selection is None:
-        asked = Selective.of(engine.config.transmission)
+    if selective is None:
+        asked = call.plan.selective
         result["reason"] = "asked for" if asked is None else "these ranks cross no level where it applies"
         return result
-    if selection.selective.check:
-        _check(engine)
-        selection.free()
-    held = torch.tensor(selection.held_bytes, device="cpu")
+    if selective.settings.check:
+        _check(selective, group)
+        selective.free()
+    held = torch.tensor(selective.held_bytes, device="cpu")
     dist.all_reduce(held, dist.ReduceOp.MAX, group=group)
-    coded, layers = selection.coded
-    result["transmission"] = asdict(selection.selective) | {
-        "from_level": levels[selection.slow],
-        "planned_share": selection.planned if coded else 1.0,
+    coded, layers = selective.coded
+    assert call.plan.coded_from is not None
+    result["transmission"] = asdict(selective.settings) | {
+        "from_level": levels[call.plan.coded_from],
+        "planned_share": selective.planned if coded else 1.0,
         "coded_layers": {"coded": coded, "of": layers},
     }
     result["held_bytes"] = int(held)
-    result["guard"] = [dict(zip(("step", "error", "rungs"), entry, strict=True)) for entry in selection.guarded]
-    result["residual_error"] = errors = _errors(engine)
-    selection.judge(errors["steps"])
+    result["guard"] = [dict(zip(("step", "error", "rungs"), entry, strict=True)) for entry in selective.guarded]
+    result["residual_error"] = errors = _errors(selective, group)
+    selective.judge(errors["steps"])
     return result
 
 
-def _check(engine: Engine) -> None:
-    """CopiesDiffer on all ranks unless both ends of every block hold the same bits."""
-    selection = engine.selection
-    assert selection is not None
-    everyone = gather_json([selection.copies.digests(end) for end in ENDS], engine.mesh.host_group)
+def _check(selective: SelectiveCall, group: dist.ProcessGroup) -> None:
+    """Raise CopiesDifferError on all ranks unless both ends of every block hold the same bits."""
+    everyone = gather_json([selective.copies.digests(end) for end in ("send", "receive")], group)
     sent = {name: digest for senders, _ in everyone for name, digest in senders.items()}
     wrong = {name for _, receivers in everyone for name, digest in receivers.items() if sent.get(name) != digest}
     if wrong:
-        raise CopiesDiffer(
+        raise CopiesDifferError(
             f"{len(wrong)} of {len(sent)} held copies differ between sender and receiver, the first is {min(wrong)} "
             "(branch, layer, tensor, piece, ranks): what was drawn is wrong. Please report this; transmission='exact' "
             "does without copies."
         )
 
 
-def _errors(engine: Engine) -> dict[str, Any]:
-    """Sums over all ranks of squared norms, by step, layer and tensor, and their ratios."""
-    selection, group = engine.selection, engine.mesh.host_group
-    assert selection is not None
-    seen = [(step + 1, layer + 1) for step, layer, _ in selection.missed]
+def _errors(selective: SelectiveCall, group: dist.ProcessGroup) -> dict[str, Any]:
+    """Sum squared norms over all ranks, by step, layer and tensor, and take their ratios."""
+    seen = [(step + 1, layer + 1) for step, layer, _ in selective.missed]
     sizes = torch.tensor([max((one[axis] for one in seen), default=0) for axis in (0, 1)], device="cpu")
     dist.all_reduce(sizes, dist.ReduceOp.MAX, group=group)  # a rank may have nothing that crosses
     sums = torch.zeros(*sizes.tolist(), len(LABELS), 2, dtype=torch.float64, device="cpu")
-    if selection.missed:
-        totals = torch.stack([torch.stack(several).sum(0) for several in selection.missed.values()]).double().cpu()
-        for (step, layer, label), total in zip(selection.missed, totals, strict=True):
+    if selective.missed:
+        totals = torch.stack([torch.stack(several).sum(0) for several in selective.missed.values()]).double().cpu()
+        for (step, layer, label), total in zip(selective.missed, totals, strict=True):
             sums[step, layer, LABELS.index(label)] += total
     dist.all_reduce(sums, group=group)
 

@@ -17,73 +17,65 @@ import torch
 from torch import Tensor
 
 from cocodiff.errors import PatchError
+from cocodiff.exchange.collectives import anywhere, swap
 from cocodiff.models import Family
-from cocodiff.state import Engine
+from cocodiff.state import CallState
 
 
-class Branches:
-    """Both branches of every step in one call of a pipeline.
+def computes(call: CallState) -> bool:
+    """Whether this rank's half computes the coming forward."""
+    return not call.guided or call.mesh.cfg.rank == int(call.first_branch is not None)
 
-    Args:
-        guided: whether the pipeline calls the transformer twice a step. If not, halves compute the same.
-    """
 
-    def __init__(self, engine: Engine, family: Family, transformer: Any, guided: bool) -> None:
-        self._engine, self._family, self._transformer, self._guided = engine, family, transformer, guided
-        self._first: tuple[Tensor, dict[str, Any]] | None = None  # of a pair: the first call's output, and what it got
-        self._apart: list[Tensor] = []  # whether two calls taken for a pair were of different steps
+Forward = Callable[[dict[str, Any]], Tensor]
 
-    @property
-    def second(self) -> bool:
-        """Whether the coming call is the second of a pair."""
-        return self._first is not None
 
-    @property
-    def computes(self) -> bool:
-        """Whether this rank's half computes the coming call."""
-        return not self._guided or self._engine.mesh.cfg.rank == int(self.second)
-
-    def run(self, given: dict[str, Any], forward: Callable[[dict[str, Any]], Tensor]) -> Tensor:
-        """One call of the transformer: its output, now or at the end of the pair."""
-        if self._family.batched:
-            return self._half_batch(given, forward)
-        if not self._guided:
-            return forward(given)
-        shape, dtype = tuple(self._family.output_shape(self._transformer, given)), given["hidden_states"].dtype
-        if self.computes:
-            output = forward(given)
-            if output.shape != shape or output.dtype != dtype:
-                raise PatchError(f"the transformer gave {tuple(output.shape)} {output.dtype}, not {shape} {dtype}.")
-        else:
-            output = torch.full(shape, math.nan, dtype=dtype, device=self._engine.device)
-        if self._first is None:
-            self._first = output, {name: given[name].clone() for name in ("timestep", "hidden_states")}
-            return output
-        (before, got), self._first = self._first, None
-        # Latents, too: in bfloat16 neighbouring steps may have one timestep. NaN that was consumed differs from itself.
-        self._apart.append(torch.stack([(x != given[name]).any() for name, x in got.items()]).any())
-        mine = output if self._engine.mesh.cfg.rank else before
-        both = self._engine.swap(mine)
-        before.copy_(both[0])
-        output.copy_(both[1])
+def run_branch(call: CallState, family: Family, transformer: Any, given: dict[str, Any], forward: Forward) -> Tensor:
+    """One forward of the transformer over both halves: its output, now or at the end of the pair."""
+    if family.batched:
+        return _half_batch(call, family, given, forward)
+    if not call.guided:
+        return forward(given)
+    shape, dtype = tuple(family.output_shape(transformer, given)), given["hidden_states"].dtype
+    if computes(call):
+        output = forward(given)
+        if output.shape != shape or output.dtype != dtype:
+            raise PatchError(f"the transformer gave {tuple(output.shape)} {output.dtype}, not {shape} {dtype}.")
+    else:
+        output = torch.full(shape, math.nan, dtype=dtype, device=call.session.device)
+    if call.first_branch is None:
+        call.first_branch = output, {name: given[name].clone() for name in ("timestep", "hidden_states")}
         return output
+    (before, got), call.first_branch = call.first_branch, None
+    # Latents, too: in bfloat16 neighbouring steps may have one timestep. NaN that was consumed differs from itself.
+    call.unpaired.append(torch.stack([(x != given[name]).any() for name, x in got.items()]).any())
+    both = _swap(call, output if call.mesh.cfg.rank else before)
+    before.copy_(both[0])
+    output.copy_(both[1])
+    return output
 
-    def _half_batch(self, given: dict[str, Any], forward: Callable[[dict[str, Any]], Tensor]) -> Tensor:
-        batch = given["hidden_states"].shape[0]
-        if batch % 2:
-            return forward(given)
-        start = self._engine.mesh.cfg.rank * batch // 2
-        half = {
-            name: value[start : start + batch // 2] if name in self._family.batched else value
-            for name, value in given.items()
-        }
-        return self._engine.swap(forward(half)).flatten(0, 1)
 
-    def settle(self) -> None:
-        """PatchError on every rank if the calls of the run did not come in pairs: what was drawn is wrong then."""
-        apart = bool(self._apart) and self._engine.anywhere(torch.stack(self._apart).any())
-        if self._first is not None or apart:
-            raise PatchError(
-                "cfg_degree=2 expected two calls of the transformer at each step, conditional and unconditional, and "
-                "got others (a callback that changes the guidance?). Use cfg_degree=1."
-            )
+def check_pairs(call: CallState) -> None:
+    """Raise PatchError on every rank if the forwards of a call did not come in pairs: what was drawn is wrong then."""
+    apart = bool(call.unpaired) and anywhere(torch.stack(call.unpaired).any(), call.connected.everyone)
+    if call.first_branch is not None or apart:
+        raise PatchError(
+            "cfg_degree=2 expected two calls of the transformer at each step, conditional and unconditional, and "
+            "got others (a callback that changes the guidance?). Use cfg_degree=1."
+        )
+
+
+def _half_batch(call: CallState, family: Family, given: dict[str, Any], forward: Forward) -> Tensor:
+    batch = given["hidden_states"].shape[0]
+    if batch % 2:
+        return forward(given)
+    start = call.mesh.cfg.rank * batch // 2
+    half = {
+        name: value[start : start + batch // 2] if name in family.batched else value for name, value in given.items()
+    }
+    return _swap(call, forward(half)).flatten(0, 1)
+
+
+def _swap(call: CallState, x: Tensor) -> Tensor:
+    with call.session.span("wait branches"):
+        return swap(x, call.connected.sequence, call.connected.cfg)

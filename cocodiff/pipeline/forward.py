@@ -1,7 +1,8 @@
-"""The transformer's door: whole tensors outside, this rank's tokens inside.
+"""The transformer's forward on shards: whole tensors outside, this rank's tokens inside.
 
-`Door` stands in place of `transformer.forward`. It checks that every self-attention is still ours, cuts what the family
-names into shards (ragged, nothing padded), runs the model, and gathers the picture's tokens after its last projection.
+`ShardedForward` stands in place of `transformer.forward`. It checks that every self-attention is still ours, cuts what
+the family names into shards (ragged, nothing padded), runs the model, and gathers the picture's tokens after its last
+projection.
 """
 
 from __future__ import annotations
@@ -14,176 +15,97 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cocodiff.blocks import BlockRow
 from cocodiff.compat import Patches, carriers, refuse_modifications
-from cocodiff.errors import ConfigError, MismatchError, PatchError
+from cocodiff.errors import ConfigError, MismatchError, PatchError, UsageError
+from cocodiff.exchange.collectives import anywhere, differs, gather_rows
 from cocodiff.launch.agree import agree
-from cocodiff.launch.job import Job
 from cocodiff.models import Family
 from cocodiff.models.family import Cut
 from cocodiff.parallel.tokens import Tokens
-from cocodiff.pipeline.cfg_parallel import Branches
-from cocodiff.state import Engine
+from cocodiff.pipeline.cfg_parallel import check_pairs, computes, run_branch
+from cocodiff.pipeline.selective_forward import begin_forward, end_forward
+from cocodiff.plan import ModelFacts, RunPlan
+from cocodiff.state import CallState, ForwardState, Session
 
 
-class Door:
-    """Callable in place of one transformer's forward.
+class ShardedForward:
+    """Stands in place of one transformer's forward.
 
     Args:
         forward: what stood there before, called with shards.
+        row: the transformer's blocks.
         attentions: the modules whose processors must stay ours.
         patches: all that was done to this transformer; taken back when its last wrapped pipeline lets go.
-        job: the run whose groups the engine uses; closed then, too.
+
+    Attributes:
+        users: wrapped pipelines that share the transformer.
+        inside: whether this rank is inside the forward, where every other rank must be, too.
     """
 
     def __init__(
         self,
-        engine: Engine,
+        session: Session,
         family: Family,
+        facts: ModelFacts,
         transformer: Any,
         forward: Callable,
-        attentions: list[nn.Module],
+        row: BlockRow,
+        attentions: Sequence[nn.Module],
         patches: Patches,
-        job: Job,
     ) -> None:
-        self.engine, self.transformer, self.job, self.users = engine, transformer, job, 1
-        self._family, self._forward, self._patches = family, forward, patches
+        self.session, self.transformer, self.users, self.inside = session, transformer, 1, False
+        self.patches, self._family, self._facts, self._forward, self._row = patches, family, facts, forward, row
         self._signature = inspect.signature(forward)
-        self._attentions = [(attn, attn.processor) for attn in attentions]
+        self._attentions: list[tuple[Any, Any]] = [(attn, attn.processor) for attn in attentions]
         self._carriers = carriers(transformer, attentions)
-        self.running = False  # inside the forward, where every other rank must be, too
-        self._in_pipeline = False
-        self._differs: list[Tensor] = []
-        self._branches: Branches | None = None
+        self._call: CallState | None = None  # the pipeline's call that runs
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.job.watched("the transformer's forward"):
-            self.running = True
+        with self.session.job.watched("the transformer's forward"):
+            self.inside = True
             try:
                 return self._run(*args, **kwargs)
             finally:
-                self.running = False
-
-    def _run(self, *args: Any, **kwargs: Any) -> Any:
-        self.check()
-        if torch.is_grad_enabled():
-            raise PatchError("exchanges carry no gradients: call the transformer under torch.no_grad().")
-        given = self._signature.bind(*args, **kwargs).arguments
-        self._refuse(given)
-        if self._in_pipeline:
-            self._compare(given)
-        else:
-            agree(given, self.engine.mesh.host_group, "the transformer's input (called outside its wrapped pipeline)")
-        conditioning = given.get("encoder_hidden_states")  # the pipeline's own object, not half of it
-        if self._branches is None:
-            return self._on_shards(given, conditioning)
-        as_tuple = given.get("return_dict") is False
-        output = self._branches.run(given, lambda part: self._on_shards(part | {"return_dict": False}, conditioning)[0])
-        if as_tuple:
-            return (output,)
-        from diffusers.models.modeling_outputs import Transformer2DModelOutput
-
-        return Transformer2DModelOutput(sample=output)
-
-    def _compare(self, given: dict[str, Any]) -> None:
-        """Ranks that compute from different tensors are found: at once in the first forward, later ones at the end.
-
-        Of two branches, the second call is compared by those who compute it: the others are still at the first.
-        """
-        second = self._branches is not None and self._branches.second
-        if second and not self._branches.computes:  # type: ignore[union-attr]
-            return
-        lists = [value if isinstance(value, list | tuple) else [value] for value in given.values()]
-        axis = self.engine.mesh.sequence if second else None
-        self._differs.append(self.engine.differs((x for one in lists for x in one if isinstance(x, Tensor)), axis))
-        if len(self._differs) == 1:
-            self._settle()
-
-    def _on_shards(self, given: dict[str, Any], conditioning: Any) -> Any:
-        engine, family = self.engine, self._family
-        counts, selection = family.token_counts(self.transformer, given), engine.selection
-        batch, first = given["hidden_states"].shape[0], False
-        if selection is not None and given.get("skip_layers") is not None:
-            selection.pause()  # SD3's guidance by what few layers do: a call beside the branches, now and then
-        elif selection is not None:
-            first = selection.forward(conditioning, given["hidden_states"], (self, *counts.items(), batch))
-        tokens = Tokens.split(counts, engine.mesh.sequence.size, engine.mesh.sequence.rank)
-        for name, cut in family.cuts.items():
-            if given.get(name) is not None:
-                given[name] = _shard(given[name], tokens.rows(cut.stream), counts[cut.stream], cut, name)
-        with engine.span("forward"), engine.sharded(tokens), self._gathered(list(counts)[-1]):
-            if first:
-                attentions: list[Any] = [attn for attn, _ in self._attentions]
-                layers = [(attn.heads, attn.inner_dim // attn.heads) for attn in attentions]
-                engine.begin(layers, batch, given["hidden_states"].itemsize)
-            output = self._forward(**given)
-        if selection is not None:
-            selection.forwarded(engine.worst)
-        return output
+                self.inside = False
 
     @contextmanager
-    def _gathered(self, stream: str) -> Iterator[None]:
-        """While inside, the last projection gives all tokens: what follows it (unpatchify) needs them."""
-        last = self.transformer.proj_out.register_forward_hook(
-            lambda module, args, shard: self.engine.gather(shard, stream)
-        )
+    def in_call(self, call: CallState) -> Iterator[None]:
+        """Around a call of a wrapped pipeline, which compares its own arguments.
+
+        Raises:
+            UsageError: another call over the same transformer is running.
+        """
+        if self._call is not None:
+            raise UsageError("another call over the same transformer is running in this process: one at a time.")
+        self._call = call
         try:
             yield
         finally:
-            last.remove()
+            self._call = None
 
-    @contextmanager
-    def in_pipeline(self, guided: bool = False, times: Callable[[], Sequence[float]] | None = None) -> Iterator[None]:
-        """Around a call of a wrapped pipeline, which compares its arguments itself.
+    def announced(self, cache_context: Callable[..., Any]) -> Callable[..., Any]:
+        """In place of the transformer's `cache_context`, by which diffusers names the branch of guidance that runs."""
 
-        What reaches the transformer is compared, too, since encoders or callbacks may do different things on different
-        ranks: at once in the first forward, later ones without waiting for the answer before the end.
+        @contextmanager
+        def named(name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
+            with cache_context(name, *args, **kwargs):
+                if self._call is not None:
+                    self._call.branch_name = name
+                try:
+                    yield
+                finally:
+                    if self._call is not None:
+                        self._call.branch_name = None
 
-        Args:
-            guided: the pipeline calls the transformer twice a step, for guidance.
-            times: of the run's steps, known from the first forward on; transmission is selective with them alone.
-        """
-        if self._in_pipeline:
-            raise PatchError("another call over the same transformer is running in this process: one at a time.")
-        self._in_pipeline, self._differs, selection = True, [], self.engine.selection
-        if self.engine.mesh.cfg.size > 1:
-            self._branches = Branches(self.engine, self._family, self.transformer, guided)
-        branches = self._branches
-        if selection is not None and times is not None:
-            selection.expect(times, 2 if guided and branches is None and not self._family.batched else 1)
-        try:
-            yield
-        finally:
-            self._in_pipeline, self._branches = False, None
-            if selection is not None:
-                selection.end()
-        self._settle(everywhere=branches is not None)  # each half has compared its own branch alone
-        if branches is not None:
-            branches.settle()
+        return named
 
-    def _settle(self, everywhere: bool = False) -> None:
-        if not self._differs:
-            return
-        found = torch.stack(self._differs)
-        if self.engine.anywhere(found.any()) if everywhere else bool(found.any()):
-            steps = found.nonzero().flatten().tolist()
-            first = f"first in its call {steps[0]} of {len(found)}" if steps else "seen by the other branch"
-            raise MismatchError(
-                f"the transformer's inputs were not the same on all ranks ({first}): a callback, an encoder, a random "
-                "draw or a kernel whose results vary."
-            )
-
-    def release(self) -> None:
-        """One wrapped pipeline lets go of the transformer; the last one takes the patches with it."""
-        if self.users == 1:
-            self._patches.undo()
-            self.engine.users -= 1
-            if self.engine.users == 0:
-                self.engine.close()
-                self.job.close()
-        self.users -= 1
+    def plan(self) -> RunPlan:
+        """How this transformer runs."""
+        return self.session.plan(self._facts)
 
     def check(self) -> None:
-        """PatchError unless every part of ours is in place and nothing was added that shards cannot follow."""
+        """Raise PatchError unless every part of ours is in place and nothing was added that shards cannot follow."""
         for attn, processor in self._attentions:
             if attn.processor is not processor:
                 raise PatchError(
@@ -191,14 +113,91 @@ class Door:
                     "its attention would see this rank's tokens alone. Undo that (unload_ip_adapter, or no "
                     "set_attn_processor), then cocodiff.unwrap(pipe) and cocodiff.wrap(pipe)."
                 )
+        self.patches.check()
+        refuse_modifications(self.transformer, self._carriers)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        self.check()
+        if torch.is_grad_enabled():
+            raise UsageError("exchanges carry no gradients: call the transformer under torch.no_grad().")
+        given = self._signature.bind(*args, **kwargs).arguments
+        self._refuse(given)
+        call = self._call
+        if call is None:
+            what = "the transformer's input (called outside its wrapped pipeline)"
+            call = CallState(self.session, self.plan(), self.session.connect(self.plan()))
+            agree(given, call.mesh.host_group, what)
+        else:
+            self._compare(call, given)
+        self._check_backends(call)
+        conditioning = given.get("encoder_hidden_states")  # the pipeline's own object, not half of it
+        if self._call is None or call.mesh.cfg.size == 1:
+            return self._on_shards(call, given, conditioning)
+        as_tuple = given.get("return_dict") is False
+        output = run_branch(
+            call, self._family, self.transformer, given,
+            lambda part: self._on_shards(call, part | {"return_dict": False}, conditioning)[0],
+        )  # fmt: skip
+        if as_tuple:
+            return (output,)
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        return Transformer2DModelOutput(sample=output)
+
+    def _compare(self, call: CallState, given: dict[str, Any]) -> None:
+        """Find ranks that compute from different tensors: at once in the first forward, later ones at the end.
+
+        Encoders or callbacks may do different things on different ranks. Of two branches on two halves, the second
+        forward is compared by those who compute it: the others are still at the first.
+        """
+        second = call.first_branch is not None
+        if second and not computes(call):
+            return
+        lists = [value if isinstance(value, list | tuple) else [value] for value in given.values()]
+        ranks = call.connected.sequence if second else call.connected.everyone
+        call.differing.append(differs((x for one in lists for x in one if isinstance(x, Tensor)), ranks))
+        if len(call.differing) == 1:
+            check_inputs(call)
+
+    def _on_shards(self, call: CallState, given: dict[str, Any], conditioning: Any) -> Any:
+        family, sequence = self._family, call.mesh.sequence
+        counts = family.token_counts(self.transformer, given)
+        tokens = Tokens.split(counts, sequence.size, sequence.rank)
+        layers = [(attn.heads, attn.inner_dim // attn.heads) for attn, _ in self._attentions]
+        coding = begin_forward(call, self, layers, given, conditioning, tokens)
+        state = ForwardState(call, tokens, coding)
+        for name, cut in family.cuts.items():
+            if given.get(name) is not None:
+                given[name] = _shard(given[name], tokens.rows(cut.stream), counts[cut.stream], cut, name)
+        with state.span("forward"), self._row.running(state), self._gathered(state, list(counts)[-1]):
+            output = self._forward(**given)
+        end_forward(call, coding)
+        return output
+
+    @contextmanager
+    def _gathered(self, state: ForwardState, stream: str) -> Iterator[None]:
+        """While inside, the last projection gives all tokens: what follows it (unpatchify) needs them."""
+
+        def gather(module: nn.Module, args: Any, shard: Tensor) -> Tensor:
+            with state.span("wait gather"):
+                return gather_rows(shard, state.tokens.streams[stream], state.connected.sequence)
+
+        last = self.transformer.proj_out.register_forward_hook(gather)
+        try:
+            yield
+        finally:
+            last.remove()
+
+    def _check_backends(self, call: CallState) -> None:
+        if call.mesh.ring.size == 1:
+            return
+        for _, processor in self._attentions:
             backend = getattr(processor, "_attention_backend", None)
-            if self.engine.ring is not None and getattr(backend, "value", backend) not in (None, "native"):
+            if getattr(backend, "value", backend) not in (None, "native"):
                 raise ConfigError(
-                    f"ring_degree={self.engine.mesh.ring.size} merges parts of attention by their log-sum-exps, for "
+                    f"ring_degree={call.mesh.ring.size} merges parts of attention by their log-sum-exps, for "
                     f"which it has kernels of its own; {backend!r} was set. Reset it, or use ring_degree=1."
                 )
-        self._patches.check()
-        refuse_modifications(self.transformer, self._carriers)
 
     def _refuse(self, given: dict[str, Any]) -> None:
         kwargs = {**(given.get("joint_attention_kwargs") or {}), **(given.get("attention_kwargs") or {})}
@@ -206,6 +205,32 @@ class Door:
         for name, reason in {**unknown, **self._family.refused}.items():  # `scale` is LoRA's, and diffusers applies it
             if {**given, **kwargs}.get(name) is not None:
                 raise ConfigError(f"{name} was given, but {reason}. Leave it out, or run without cocodiff.wrap.")
+
+
+def check_inputs(call: CallState, everywhere: bool = False) -> None:
+    """Raise MismatchError where inputs of some forward differed between ranks.
+
+    Args:
+        everywhere: ask all ranks, since each cfg half has compared its own branch only.
+    """
+    if not call.differing:
+        return
+    found = torch.stack(call.differing)
+    if anywhere(found.any(), call.connected.everyone) if everywhere else bool(found.any()):
+        steps = found.nonzero().flatten().tolist()
+        first = f"first in its call {steps[0]} of {len(found)}" if steps else "seen by the other branch"
+        raise MismatchError(
+            f"the transformer's inputs were not the same on all ranks ({first}): a callback, an encoder, a random "
+            "draw or a kernel whose results vary."
+        )
+
+
+def check_call(call: CallState) -> None:
+    """After a call that ended well: raise where ranks computed from different inputs, or branches were no pairs."""
+    halves = call.mesh.cfg.size > 1
+    check_inputs(call, everywhere=halves)
+    if halves:
+        check_pairs(call)
 
 
 def _shard(value: Any, rows: slice, length: int, cut: Cut, name: str) -> Any:

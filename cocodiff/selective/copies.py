@@ -1,12 +1,12 @@
-"""What each receiver holds: kept by both ends of a slow link, equal bit for bit, and what it predicts.
+"""Copies of what each receiver holds: both ends of a slow link keep them, equal bit for bit, and predict from them.
 
     predicted = held + damping * time * velocity        held <- predicted + decoded        velocity <- change / time
 
 `time` has passed since the copy was last updated, in steps of the run as its scheduler spaces them: layers that are
 skipped age and never mix, and a scheduler that stands still or goes back is followed. Rows that were not sent then keep
-their velocity, as if they had moved on by it. Both ends compute from decoded bytes
-alone. Copies are bfloat16, MEASURED to be enough (docs/selective.md); sums are float32, and every product in them is
-exact there, so that no device's order or fusing of operations changes a bit.
+their velocity, as if they had moved on by it. Both ends compute from decoded
+bytes only. Copies are bfloat16, MEASURED to be enough (docs/selective.md); sums are float32, and every product in them
+is exact there, so that no device's order or fusing of operations changes a bit.
 
 Legend: R rows, W width.
 """
@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,27 @@ COPY_BYTES = 2 * COPY_DTYPE.itemsize  # of an element: value and velocity
 
 Rows = slice | Tensor
 Route = tuple[int, int]  # from a rank to another; from a rank to itself for what goes around a ring
+ENDS = ("send", "receive")
+
+
+class CopyKey(NamedTuple):
+    """Which copy this is.
+
+    Attributes:
+        branch: of guidance, a number.
+        layer: a number.
+        label: "v", "k", "q" or "o".
+        end: "send" or "receive".
+        piece: of the layer's rows: "0", "1", ..., or "ring 0", ... for keys and values that go around a ring.
+        part: of the ring, or of the piece's blocks those of one width.
+    """
+
+    branch: int
+    layer: int
+    label: str
+    end: str
+    piece: str
+    part: int = 0
 
 
 @dataclass
@@ -41,7 +62,7 @@ class Held:
 
     Attributes:
         routes: rows of each block, and the ranks from and to which they go.
-        reference: what the paper's rule compares with: the sender's own last values.
+        reference: the sender's own last values, with which `v_major` compares.
     """
 
     value: Tensor
@@ -52,12 +73,12 @@ class Held:
 
     @classmethod
     def nothing(cls, rows: int, width: int, time: float, routes: tuple[tuple[int, Route], ...], like: Tensor) -> Held:
-        """What is held before the first exchange."""
+        """Zeros, which both ends hold before the first exchange."""
         value, velocity = (like.new_zeros(rows, width, dtype=COPY_DTYPE) for _ in range(2))
         return cls(value, velocity, time, routes)
 
     def predict(self, rows: Rows, time: float, damping: float) -> tuple[Tensor, Tensor]:
-        """Some rows as they are held, and as they are predicted, float32.
+        """Return some rows as they are held, and as they are predicted for a time, float32.
 
         A second exchange at one time starts from what the first gave.
         """
@@ -65,10 +86,10 @@ class Held:
         return value, torch.add(value, self.velocity[rows].float(), alpha=ahead)
 
     def update(self, rows: Rows, new: Tensor, before: Tensor, time: float) -> None:
-        """Take decoded rows, float32.
+        """Put decoded rows, float32, into the copy.
 
         Other rows stay, and so does their velocity: where they are headed is still the best guess for the next time
-        they are sent. Whoever has taken all sets `time`.
+        they are sent. Whoever has put all rows sets `time`.
 
         Args:
             before: these rows as `predict` gave them as held.
@@ -80,7 +101,7 @@ class Held:
 
 
 def _short(number: float) -> float:
-    """To 8 significant bits: its product with a bfloat16 is then exact in float32."""
+    """Round to 8 significant bits: the product with a bfloat16 is then exact in float32."""
     return torch.tensor(number, dtype=torch.float64, device="cpu").to(torch.bfloat16).item()
 
 
@@ -88,17 +109,17 @@ class Copies:
     """Everything that this rank holds, as a sender and as a receiver."""
 
     def __init__(self) -> None:
-        self._held: dict[tuple[Hashable, ...], Held] = {}  # key: (branch, layer, tensor, end, piece, ...)
+        self._held: dict[CopyKey, Held] = {}
 
-    def get(self, key: tuple[Hashable, ...]) -> Held | None:
-        """None where nothing is held yet."""
+    def get(self, key: CopyKey) -> Held | None:
+        """The rows held under a key; None where nothing is held yet."""
         return self._held.get(key)
 
-    def forget(self, branch: Hashable) -> None:
-        """All of one branch."""
-        self._held = {key: held for key, held in self._held.items() if key[0] != branch}
+    def forget(self, branch: int) -> None:
+        """Drop the copies of one branch."""
+        self._held = {key: held for key, held in self._held.items() if key.branch != branch}
 
-    def put(self, key: tuple[Hashable, ...], held: Held) -> None:
+    def put(self, key: CopyKey, held: Held) -> None:
         self._held[key] = held
 
     @property
@@ -108,17 +129,19 @@ class Copies:
         return sum(x.numel() * x.itemsize for x in tensors if x is not None)
 
     def digests(self, end: str) -> dict[str, str]:
-        """A hash of each block that one end holds ("send" or "receive"): the other end's is the same, by the same name.
+        """Hash each block that one end holds ("send" or "receive"); the other end has the same by the same name.
 
-        The name is of (branch, layer, tensor, piece, route).
+        A name consists of branch, layer, label, piece and route.
         """
         found = {}
-        for (branch, layer, label, of, piece, *_), held in self._held.items():
+        for key, held in self._held.items():
+            if key.end != end:
+                continue
             start = 0
             for rows, route in held.routes:
                 both = torch.stack([x[start : start + rows] for x in (held.value, held.velocity)])
                 start += rows
-                if of == end:
-                    bits = both.cpu().contiguous().view(torch.uint8).numpy().tobytes()
-                    found[str((branch, layer, label, piece, route))] = hashlib.sha256(bits).hexdigest()
+                bits = both.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+                name = str((key.branch, key.layer, key.label, key.piece, route))
+                found[name] = hashlib.sha256(bits).hexdigest()
         return found

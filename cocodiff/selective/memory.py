@@ -1,4 +1,4 @@
-"""How much memory held copies take, from the layout alone."""
+"""How much memory held copies take, from the layout only."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from cocodiff.parallel.layout import Layout, axis_sizes, split_sizes, to_heads_traffic, to_sequence_traffic
-from cocodiff.parallel.mesh import Degrees, outermost
+from cocodiff.parallel.layout import Layout, axis_sizes, outermost, split_sizes, to_heads_traffic, to_sequence_traffic
+from cocodiff.parallel.mesh import Degrees
 from cocodiff.parallel.tokens import Tokens
-from cocodiff.selective.copies import COPY_BYTES
-from cocodiff.selective.exchange import ENDS, blocks_of
-from cocodiff.selective.ring import crossed
+from cocodiff.selective.copies import COPY_BYTES, ENDS
+from cocodiff.selective.crossing import blocks_of, crossed
 from cocodiff.topology import Cluster
 
 
@@ -26,12 +25,11 @@ def held_bytes(
     batch: int = 1,
     branches: int = 1,
 ) -> int:
-    """Of one rank, as a sender and as a receiver, once every layer has exchanged.
+    """Bytes of copies that one rank holds, as a sender and as a receiver, once every layer has exchanged.
 
     Args:
         cluster: with concrete sizes.
-        slow: the innermost level where transmission is selective.
-        rank: of the run.
+        slow: the innermost level where transmission is selective; `rank` is that of the run.
         streams: tokens of each, in joint order.
         layers: heads and head_dim of each attention.
         branches: of guidance, each with its own copies, where they are calls of their own.
@@ -65,7 +63,7 @@ def held_bytes(
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """What a device has left; None where it does not say."""
+    """Bytes of memory that a device has left; None where it does not say."""
     if device.type != "cpu":
         try:
             api = torch.get_device_module(device)  # what its allocator keeps for reuse is free, too

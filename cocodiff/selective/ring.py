@@ -2,91 +2,70 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from cocodiff.exchange.flat import AllToAll
 from cocodiff.exchange.lanes import Ticket
-from cocodiff.parallel.layout import outer_difference
-from cocodiff.parallel.mesh import Axis
-from cocodiff.selective.exchange import Channel, Link
-from cocodiff.selective.residual import Parcel
+from cocodiff.selective.crossing import crossed
+from cocodiff.selective.exchange import CodedAxis
+from cocodiff.selective.layer import LayerCoding
+from cocodiff.selective.parcel import Parcel
 
 
 class SelectiveRing:
-    """`Ring` of one layer in one forward.
+    """Does what `Ring` does, for one layer in one forward.
 
-    All who receive a part hold the same copy of it, so its sender keeps one.
-
-    Args:
-        axis: of the parts, more than one.
+    All ranks that receive a part hold the same copy of it, so its sender keeps one.
     """
 
-    def __init__(self, link: Link, channel: Channel, axis: Axis) -> None:
-        assert axis.group is not None
-        self._link, self._channel, self._lane = link, channel, link.lanes[axis.level]
-        self._sizes, self._rank, self._ranks, self._group = axis.cluster.sizes, axis.rank, axis.ranks, axis.group
+    def __init__(self, axis: CodedAxis, coding: LayerCoding) -> None:
+        self._axis, self._coding = axis, coding
 
     def start(self, own: Ticket, rows: Sequence[int], width: int, dtype: torch.dtype, label: str) -> list[Ticket]:
-        """As of `Ring`."""
-        link, size, number = self._link, len(rows), self._channel.number(f"{label} ring")
-        behind, ahead = (self._rank - 1) % size, (self._rank + 1) % size
-        level = outer_difference(self._rank, ahead, self._sizes)
+        """Send and receive the parts as `Ring.start` does."""
+        transport, links, coding, size = self._axis.transport, self._axis.links, self._coding, len(rows)
+        behind, ahead = (transport.rank - 1) % size, (transport.rank + 1) % size
+        piece = f"ring {coding.next_piece(f'{label} ring')}"
 
         def parcel(end: str, part: int) -> Parcel:
-            place = (end, f"ring {number}", part)
-            route = self._ranks[part], self._ranks[part]
-            return self._channel.parcel(label, place, (rows[part],), (route,), width, dtype.itemsize)
+            route = self._axis.ranks[part], self._axis.ranks[part]
+            return coding.parcel(label, (end, piece, part), (rows[part],), (route,), width, dtype.itemsize)
+
+        def encode(parcel: Parcel, elements: Tensor) -> Tensor:
+            return coding.encode(parcel, elements.view(dtype))
+
+        def decode(parcel: Parcel | None, payload: Tensor) -> Tensor:
+            return payload.view(dtype) if parcel is None else coding.decode(parcel, payload, dtype)
 
         tickets: list[Ticket] = []
         source, received = own, 0
         for distance in range(1, size):
-            leaving, arriving = (self._rank - distance + 1) % size, (self._rank - distance) % size
-            exact = rows[leaving] * width * dtype.itemsize
-            if self._coded(leaving, self._rank):
+            leaving, arriving = (transport.rank - distance + 1) % size, (transport.rank - distance) % size
+            send_splits, recv_splits, exact_bytes = [0] * size, [0] * size, [0] * size
+            exact_bytes[ahead] = sent = rows[leaving] * width * dtype.itemsize
+            if self._coded(leaving, transport.rank):
                 sent = received  # passed on as it came
             elif self._coded(leaving, ahead):
                 ours = parcel("send", leaving)
-                sent = _bytes(ours, dtype)
-                source = link.encoding.submit(partial(self._encoded, ours, dtype), source, label)
-            else:
-                sent = exact
-                source = link.encoding.submit(lambda x: x.view(torch.uint8), source, label)
-            theirs = parcel("receive", arriving) if self._coded(arriving, self._rank) else None
-            received = rows[arriving] * width * dtype.itemsize if theirs is None else _bytes(theirs, dtype)
-            send_splits, recv_splits = [0] * size, [0] * size
+                sent = sum(ours.block_bytes)
+                source = links.encoding.submit(partial(encode, ours), source, label)
+            theirs = parcel("receive", arriving) if self._coded(arriving, transport.rank) else None
+            received = rows[arriving] * width * dtype.itemsize if theirs is None else sum(theirs.block_bytes)
             send_splits[ahead], recv_splits[behind] = sent, received
-            levels = range(len(self._sizes))
-            link.tally.add(label, [sent * (i == level) for i in levels], [exact * (i == level) for i in levels])
-            source = self._lane.submit(AllToAll(send_splits, recv_splits, self._group, next(link.tags)), source, label)
-            tickets.append(link.decoding.submit(partial(self._decoded, theirs, dtype), source, label))
+            source = transport.all_to_all(
+                source,
+                send_splits,
+                recv_splits,
+                torch.uint8,
+                label,
+                prepare=lambda x: x.view(torch.uint8),  # the first is of elements
+                exact_bytes=exact_bytes,
+            )
+            tickets.append(links.decoding.submit(partial(decode, theirs), source, label))
         return tickets
 
     def _coded(self, part: int, place: int) -> bool:
-        return crossed(part, place, self._sizes, self._link.slow)
-
-    def _encoded(self, parcel: Parcel, dtype: torch.dtype, elements: Tensor) -> Tensor:
-        payload, norms = self._link.coder.encode(parcel, elements.view(dtype).view(-1, parcel.width))
-        self._channel.missed(parcel.label, norms)
-        return payload
-
-    def _decoded(self, parcel: Parcel | None, dtype: torch.dtype, payload: Tensor) -> Tensor:
-        if parcel is None:
-            return payload.view(dtype)
-        return self._link.coder.decode(parcel, payload, dtype).flatten()
-
-
-def crossed(part: int, place: int, sizes: tuple[int, ...], slow: int) -> bool:
-    """Whether a part of the ring has crossed a slow link on its way around to a place."""
-    size = math.prod(sizes)
-    path = [(part + hop) % size for hop in range((place - part) % size + 1)]
-    return any(outer_difference(*hop, sizes) >= slow for hop in itertools.pairwise(path))
-
-
-def _bytes(parcel: Parcel, dtype: torch.dtype) -> int:
-    return sum(parcel.block_bytes(parcel.coding.row_bytes(parcel.width, dtype.itemsize)))
+        return crossed(part, place, self._axis.transport.sizes, self._axis.links.level)

@@ -1,282 +1,267 @@
-"""Selective transmission of one engine: which step of which run this is, what each layer sends, and what was missed.
+"""Selective transmission over one call of a pipeline: which step of which branch a forward is, and what it sends.
 
-Whatever is decided here is decided identically on all ranks of a sequence: from the settings, the scheduler's times and
-the number of calls, or (the guard) from one small reduction.
+Whatever is decided here is decided identically on all ranks of a sequence: from the settings, the scheduler's times,
+diffusers' names of branches, the values of tensors and the number of forwards, or (the guard) from one small reduction.
 """
 
 from __future__ import annotations
 
-import itertools
-import logging
-from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from cocodiff.config import Selective
 from cocodiff.exchange import Exchange, Ring, StagedExchange
-from cocodiff.exchange.lanes import Lane, make_lane
-from cocodiff.observe.bytes import Tally
-from cocodiff.parallel.mesh import Mesh
+from cocodiff.exchange.connected import ConnectedMesh
 from cocodiff.selective.branches import Remembered
-from cocodiff.selective.copies import Copies, Route
-from cocodiff.selective.exchange import TAG, Link, SelectiveExchange
-from cocodiff.selective.residual import Coder, Parcel
+from cocodiff.selective.copies import Copies
+from cocodiff.selective.exchange import CodedAxis, SelectiveExchange, SlowLinks
+from cocodiff.selective.layer import LayerCoding, Missed
+from cocodiff.selective.parcel import Codec
+from cocodiff.selective.residual import ResidualCodec
 from cocodiff.selective.ring import SelectiveRing
-from cocodiff.selective.schedule import LADDER, SHORT_RUN, Coding, Selective, is_told
-
-_log = logging.getLogger(__name__)
+from cocodiff.selective.schedule import LADDER, SHORT_RUN, StepSchedule, budget_of, share
+from cocodiff.selective.v_major import VMajorCodec
 
 MUCH = 0.5  # of what a step stood for; MEASURED: `fast` misses 0.44 at the end of 28 steps, and 0.3 to 0.6 gave 26 dB
 
 
-class Selection:
-    """Which exchanges are selective, and how, from run to run.
+def make_codec(selective: Selective, copies: Copies) -> Codec:
+    """The codec of a method."""
+    return VMajorCodec(copies) if selective.method == "v_major" else ResidualCodec(copies)
 
-    Args:
-        slow: the innermost level where it applies.
-        lanes: of the links, by level.
+
+@dataclass(frozen=True)
+class StepCoding:
+    """What one forward sends over slow links.
 
     Attributes:
-        told: `is_told`.
-        branches: of guidance that are calls of their own, in the run that is running.
-        rungs: by which the guard has raised what each step carries.
-        coded: layers that are selective in this run, and all; `planned`: share of the bytes that they may send.
+        branch, step: of guidance, and its forwards so far, both from 0; `time` of the step by the scheduler.
+        first: this is the first forward of the call.
+        layers: numbers of the layers that have been coded in this call, by their keys.
     """
 
-    def __init__(
-        self, selective: Selective, mesh: Mesh, slow: int, lanes: Mapping[int, Lane], tally: Tally, device: torch.device
-    ) -> None:
-        self.selective, self.mesh, self.slow = selective, mesh, slow
-        self.copies = Copies()
-        encoding, decoding = make_lane("encode", device), make_lane("decode", device)
-        self._link = Link(slow, Coder(self.copies), encoding, decoding, lanes, itertools.count(TAG), tally)
-        self._device = device
-        self.told = is_told(selective, mesh.cluster, slow)
-        self.alone = mesh.ulysses.level < slow or mesh.ulysses.size == 1  # keys and values alone cross
-        self._said: set[str] = set()
-        self._times: list[float] | None = None  # while a run is running
-        self._expected: Callable[[], Sequence[float]] | None = None
-        self.branches = 1
-        self._paused = False
-        self._conditions: list[Remembered] = []  # of each branch, and what decides the sizes of its messages
-        self._shapes: list[Hashable] = []
-        self._latents: Remembered | None = None  # of the last call that was of a new branch
-        self._calls: Counter[int] = Counter()
-        self._since: Counter[int] = Counter()  # the call with which a branch's schedule begins
-        self._branch = 0
-        self._layers: dict[Hashable, int] = {}
-        self.missed: defaultdict[tuple[int, int, str], list[Tensor]] = defaultdict(list)  # (step, layer, label)
-        self._held = 0
-        self.rungs = 0
-        self.coded, self.planned = (0, 0), 1.0
-        self.guarded: list[tuple[int, float, int]] = []  # (step, worst error, rungs from there on)
-
-    @property
-    def running(self) -> bool:
-        return self._times is not None and not self._paused
+    branch: int
+    step: int
+    time: float
+    first: bool
+    schedule: StepSchedule
+    links: SlowLinks
+    codec: Codec
+    missed: Missed
+    layers: dict[Hashable, int]
 
     @property
     def share(self) -> float:
-        """Of the bytes of an exact exchange, on average over the run that is running; 1 outside one."""
-        return self.selective.share(len(self._times), self.alone) if self._times and self.running else 1.0
+        """Share of the bytes of an exact exchange, on average over the call."""
+        return self.schedule.share
 
-    def expect(self, times: Callable[[], Sequence[float]], branches: int) -> None:
-        """A run begins with the next forward.
+    def check_width(self, width: int, itemsize: int) -> None:
+        """Raise ConfigError where the budget cannot hold the first step of rows of a width."""
+        self.schedule.coding(width, itemsize, first=True)
+
+    def layer(self, key: Hashable) -> LayerCoding:
+        """What the exchanges of one layer need; `key` is in every forward the same."""
+        number = self.layers.setdefault(key, len(self.layers))
+        return LayerCoding(self.branch, number, self.step, self.time, self.schedule, self.codec, self.missed)
+
+    def exchanges(
+        self, key: Hashable, connected: ConnectedMesh, exchange: str
+    ) -> tuple[Exchange, Ring | SelectiveRing | None]:
+        """The exchange and the ring of one layer in this forward, selective where they cross slow links.
 
         Args:
-            times: of the scheduler, one for each call that a branch makes; known in the first forward.
-            branches: calls of the transformer for each of them.
+            exchange: what an exact run would take, "flat" or "staged".
         """
-        self._expected, self.branches = times, branches
+        mesh, coding = connected.mesh, self.layer(key)
+        exact, around = connected.exchanges[exchange], connected.around
+        chosen: Exchange = exact
+        if not self.schedule.kv_only:
+            axis = CodedAxis(connected.ulysses, mesh.ulysses.ranks, self.links)
+            chosen = SelectiveExchange(axis, coding, exact if isinstance(exact, StagedExchange) else None)
+        if around is None or mesh.ring.level < self.links.level:
+            return chosen, around
+        return chosen, SelectiveRing(CodedAxis(connected.ring, mesh.ring.ranks, self.links), coding)
 
-    def _begin(self, times: Sequence[float]) -> None:
-        """Nothing is held, and nothing has been counted."""
-        spacing = abs(times[-1] - times[0]) / max(len(times) - 1, 1) or 1.0
-        self._times = [(times[0] - time) / spacing for time in times]
-        share = self.planned = self.share
-        if share > (budget := self.selective.budget_of(self.alone)[1]):
-            what = "is exact" if share == 1 else f"may send {share:.3g} of the bytes instead of {budget:.3g}"
-            self._say(f"runs of fewer than {SHORT_RUN} steps have little to predict from: one of {len(times)} {what}.")
-        self.free()
-        self._conditions, self._shapes, self._latents, self.rungs, self._held = [], [], None, 0, 0
-        for one in (self._calls, self._since, self.missed, self.guarded):
-            one.clear()
 
-    def judge(self, steps: Sequence[float]) -> None:
-        """After a run: a warning where so much was missed, step by step, that the picture may be another one."""
-        if steps and (error := max(steps)) > MUCH:
-            self._say(
-                f"at step {steps.index(error)} what was sent missed {error:.0%} of what it stood for: the picture may "
-                "differ visibly from the exact one (noise added by the scheduler at each step, a sudden change?). Use "
-                "a preset with more bytes, max_error, or transmission='exact'. Said once; see report().",
-                about="missed",
-            )
+@dataclass
+class Branch:
+    """A branch of guidance, as far as the call has come.
 
-    def _say(self, text: str, about: str | None = None) -> None:
-        """Once about one thing, on rank 0."""
-        about = about or text
-        if self.mesh.everyone.rank == 0 and about not in self._said:
-            _log.warning(text)
-        self._said.add(about)
+    Attributes:
+        name: what diffusers calls it; None where it does not say.
+        conditioning: recognises the branch, or its change.
+        shape: whatever decides the sizes of its messages.
+        forwards: how many it has had, and `since`, how many before its schedule began.
+    """
 
-    def cover(self, coded: int, layers: int) -> None:
-        """So many layers of all are selective in the run that begins; the others stay exact for what they cost."""
-        self.coded = coded, layers
-        if coded < layers:
-            level = self.mesh.cluster.levels[self.slow].name
-            self._say(
-                f"by the cluster's figures the exact exchanges of {layers - coded} of {layers} layers hide under their "
-                f"compute, so they stay exact. If the link is slower than that, measure it (cocodiff bench "
-                f"collectives), or say Selective(level={level!r})."
-            )
+    name: str | None
+    conditioning: Remembered
+    shape: Hashable
+    forwards: int = 0
+    since: int = 0
 
-    def end(self) -> None:
-        """Nothing is selective until the next run."""
-        self._times = self._expected = None
-        if not self.selective.check:  # which compares them first
-            self.free()
 
-    def free(self) -> None:
-        """Copies of the run are of no more use. Work of a call that failed may still be under way: it has the old."""
-        self._held = self.held_bytes
+class SelectiveCall:
+    """Selective transmission over one call of a pipeline: made when it begins, dropped when it has been reported.
+
+    Args:
+        kv_only: only keys and values cross slow links.
+        times: of the scheduler, one for each forward that a branch makes; known in the first forward.
+        branches: of guidance that are forwards of their own.
+        say: takes a topic and a text, and warns once about each topic.
+
+    Attributes:
+        missed: squared norms of what was missed and of what had to be carried.
+        coded: layers that are selective, and all.
+        guarded: (step, largest error of any rank, rungs from there on) of each forward, with `max_error`.
+    """
+
+    def __init__(
+        self,
+        settings: Selective,
+        kv_only: bool,
+        times: Callable[[], Sequence[float]],
+        branches: int,
+        device: torch.device,
+        say: Callable[[str, str], None],
+        links: SlowLinks,
+    ) -> None:
+        self.settings, self.branches = settings, branches
+        self._kv_only, self._scheduled, self._device, self._say, self._links = kv_only, times, device, say, links
+        self.missed = Missed(list)
+        self.coded = (0, 0)
+        self.guarded: list[tuple[int, float, int]] = []
+        self._times: list[float] = []  # from the first forward on
+        self._seen: list[Branch] = []
+        self._latents: Remembered | None = None  # of the last forward that was of a new branch
+        self._layers: dict[Hashable, int] = {}
+        self._rungs = 0
+        self._most_bytes = 0
         self.copies = Copies()
-        self._link = replace(self._link, coder=Coder(self.copies))
+        self._codec = make_codec(settings, self.copies)
+
+    @property
+    def planned(self) -> float:
+        """Share of the bytes of an exact run that this call may send; 1 before its first forward."""
+        return share(self.settings, len(self._times), self._kv_only) if self._times else 1.0
 
     @property
     def held_bytes(self) -> int:
-        """Memory of the copies of this run, or of the last."""
-        return max(self._held, self.copies.held_bytes)
+        """Memory of the copies, at its largest."""
+        return max(self._most_bytes, self.copies.held_bytes)
 
-    @property
-    def lanes(self) -> tuple[Lane, Lane]:
-        """Those beside the links' own."""
-        return self._link.encoding, self._link.decoding
+    def step(
+        self, conditioning: Tensor, latents: Tensor, shape: Hashable, branch_name: str | None = None
+    ) -> StepCoding | None:
+        """Begin a forward and return what it sends over slow links; None where it is exact.
 
-    def close(self) -> None:
-        for lane in self.lanes:
-            lane.close()
-
-    def forward(self, conditioning: Tensor, latents: Tensor, shape: Hashable) -> bool:
-        """A forward begins: find out of which branch, by what it is conditioned on. Whether it is the first of a run.
-
-        Values decide, which are the same on all ranks. Conditions that are new (a callback that changes the prompt)
-        are of the branch whose turn it is, and begin its schedule of bits anew. What this branch holds is then of no
-        use, nor is it for another `shape`: whatever decides the sizes of messages. All ranks forget it at once.
+        Conditions that are new (a callback that changes the prompt) begin a branch's schedule of bits anew. What the
+        branch holds is then of no use, nor is it for another `shape`, and all ranks forget it at once.
 
         Args:
-            latents: branches whose conditions are equal are told apart by these: each sees them once.
+            conditioning: the prompt's embeddings, by whose values a branch without a name is recognised.
+            latents: branches whose conditions are equal are distinguished by these: each sees them once.
+            shape: whatever decides the sizes of messages.
+            branch_name: what diffusers calls the branch of guidance. Names beyond the expected number of branches are
+                of forwards now and then, which are exact.
         """
-        self._paused, first = False, self._expected is not None
-        if self._expected is not None:
-            self._begin(self._expected())
-            self._expected = None
-        if not self.running:
-            return False
-        turn = self._calls.__getitem__
-        same = [number for number, one in enumerate(self._conditions) if one.recognises(conditioning)]
-        room = len(self._conditions) < self.branches
-        if room and (not same or (self._latents is not None and self._latents.recognises(latents))):
-            known = len(self._conditions)
-            self._conditions.append(Remembered(conditioning))
-            self._shapes.append(shape)
-            self._latents = Remembered(latents) if known + 1 < self.branches else None
-        elif same:
-            known = min(same, key=turn)
-            if self._shapes[known] != shape:
-                self._forget(known)
-        else:
-            known = min(range(self.branches), key=turn)
-            self._conditions[known], self._since[known] = Remembered(conditioning), self._calls[known]
-            self._forget(known)
-        self._shapes[known], self._branch = shape, known
-        self._calls[known] += 1
-        return first
+        first = not self._times
+        if first:
+            self._begin()
+        if self.planned == 1:
+            return None
+        number, changed = self._find(conditioning, latents, branch_name)
+        if number is None and len(self._seen) == self.branches:
+            return None
+        if number is None:
+            number = len(self._seen)
+            self._seen.append(Branch(branch_name, Remembered(conditioning), shape))
+            self._latents = Remembered(latents) if number + 1 < self.branches and branch_name is None else None
+        branch = self._seen[number]
+        if changed:
+            branch.conditioning, branch.since = Remembered(conditioning), branch.forwards
+        if changed or branch.shape != shape:
+            self._most_bytes = self.held_bytes
+            self.copies.forget(number)
+            branch.shape = shape
+        step = branch.forwards
+        branch.forwards += 1
+        schedule = StepSchedule(self.settings, len(self._times), self._kv_only, step - branch.since, self._rungs)
+        time = self._times[min(step, len(self._times) - 1)]
+        return StepCoding(
+            number, step, time, first, schedule, self._links, self._codec, self.missed, self._layers
+        )  # fmt: skip
 
-    def _forget(self, branch: int) -> None:
-        self._held = self.held_bytes
-        self.copies.forget(branch)
+    def _begin(self) -> None:
+        times = self._scheduled()
+        spacing = abs(times[-1] - times[0]) / max(len(times) - 1, 1) or 1.0
+        self._times = [(times[0] - time) / spacing for time in times]
+        planned, budget = self.planned, budget_of(self.settings, self._kv_only)[1]
+        if planned > budget:
+            what = "is exact" if planned == 1 else f"may send {planned:.3g} of the bytes instead of {budget:.3g}"
+            text = f"runs of fewer than {SHORT_RUN} steps have little to predict from: one of {len(times)} {what}."
+            self._say(text, text)
 
-    def pause(self) -> None:
-        """The next forward is of no branch: everything is exact."""
-        self._paused = True
+    def _find(self, conditioning: Tensor, latents: Tensor, name: str | None) -> tuple[int | None, bool]:
+        """Find the number of a forward's branch, None for a new one, and whether its conditions have changed."""
+        if name is not None:
+            number = next((number for number, branch in enumerate(self._seen) if branch.name == name), None)
+            return number, number is not None and not self._seen[number].conditioning.recognises(conditioning)
 
-    def bind(
-        self, exchange: Exchange, ring: Ring | None, key: Hashable
-    ) -> tuple[Exchange, Ring | SelectiveRing | None]:
-        """The exchange and the ring of one layer in the forward that runs, selective where they cross slow links."""
-        assert self._times is not None
-        layer = self._layers.setdefault(key, len(self._layers))
-        step = self._calls[self._branch] - 1
-        time, since = self._times[min(step, len(self._times) - 1)], self._since[self._branch]
-        channel = _Channel(self, self._branch, layer, step, since, time)
-        if not self.alone:
-            staged = exchange if isinstance(exchange, StagedExchange) else None
-            exchange = SelectiveExchange(self._link, channel, self.mesh.ulysses, staged)
-        if ring is None or self.mesh.ring.level < self.slow:
-            return exchange, ring
-        return exchange, SelectiveRing(self._link, channel, self.mesh.ring)
+        def turn(number: int) -> int:
+            return self._seen[number].forwards
 
-    def coding(self, step: int, width: int, itemsize: int, first: bool) -> Coding:
-        """Of rows of a width at a step; `first` where nothing is held, so that all rows must come."""
-        assert self._times is not None
-        codings = self.selective.codings(len(self._times), width, itemsize, self.alone)
-        if first or step >= len(codings):  # more steps than the scheduler said
-            return codings[0]
-        coding = codings[step]
-        if self.rungs and coding in LADDER:
-            return LADDER[max(LADDER.index(coding) - self.rungs, 0)]
-        return coding
+        same = [number for number, branch in enumerate(self._seen) if branch.conditioning.recognises(conditioning)]
+        if len(self._seen) < self.branches:
+            if not same or (self._latents is not None and self._latents.recognises(latents)):
+                return None, False
+        if same:
+            return min(same, key=turn), False
+        return min(range(self.branches), key=turn), True
 
-    def forwarded(self, worst: Callable[[Tensor], float]) -> None:
-        """After a forward: what follows from the error that was measured; after the last one copies are freed.
+    def forwarded(self, coding: StepCoding, max_over_sequence: Callable[[Tensor], float]) -> None:
+        """End a forward: raise later steps where its error passed `max_error`; free copies after the last one.
 
         Args:
-            worst: the largest of a number on all ranks of the sequence. Collective.
+            max_over_sequence: the largest of a number on all ranks of the sequence. Collective.
         """
-        if self._times is None or self._paused:
-            return
-        if self.selective.max_error is not None:
-            self._guard(self.selective.max_error, worst)
-        if len(self._conditions) == self.branches and min(self._calls.values()) == len(self._times):
-            if not self.selective.check:  # decoding the picture may need the memory
-                self.free()
+        if self.settings.max_error is not None:
+            self._guard(coding.step, self.settings.max_error, max_over_sequence)
+        done = len(self._seen) == self.branches and min(one.forwards for one in self._seen) == len(self._times)
+        if done and not self.settings.check:  # decoding the picture may need the memory
+            self.free()
 
-    def _guard(self, bound: float, worst: Callable[[Tensor], float]) -> None:
-        """After a step whose error, the worst rank's, passes the bound, all later ones carry more.
+    def _guard(self, step: int, bound: float, max_over_sequence: Callable[[Tensor], float]) -> None:
+        """Let all steps after one whose error, the largest of any rank, passes the bound carry more bits.
 
         What was raised stays: with a rung less the error is 2 to 11 times as large, and passes it again.
         """
-        step = self._calls[self._branch] - 1
-        norms = [x for key, several in self.missed.items() if key[0] == step for x in several]
-        missed, carried = (
-            torch.stack(norms).sum(0) if norms else torch.zeros(2, dtype=torch.float32, device=self._device)
-        )
-        error = worst((missed / carried.clamp_min(1e-30)).sqrt())
+        norms = [x for (at, _, _), several in self.missed.items() if at == step for x in several]
+        missed, carried = torch.stack(norms or [torch.zeros(2, dtype=torch.float32, device=self._device)]).sum(0)
+        error = max_over_sequence((missed / carried.clamp_min(1e-30)).sqrt())
         if error > bound:
-            self.rungs = min(self.rungs + 1, len(LADDER) - 1)
-        self.guarded.append((step, error, self.rungs))
+            self._rungs = min(self._rungs + 1, len(LADDER) - 1)
+        self.guarded.append((step, error, self._rungs))
 
+    def cover(self, coded: int, layers: int) -> None:
+        """Note how many layers are selective in this call, and how many there are."""
+        self.coded = coded, layers
 
-class _Channel:
-    """`cocodiff.selective.exchange.Channel` of one layer in one forward."""
+    def judge(self, errors: Sequence[float]) -> None:
+        """Warn where a step missed so much that the picture may be another one; `errors` are relative, by step."""
+        if errors and (error := max(errors)) > MUCH:
+            self._say(
+                "missed",
+                f"at step {errors.index(error)} what was sent missed {error:.0%} of what it stood for: the picture may "
+                "differ visibly from the exact one (noise added by the scheduler at each step, a sudden change?). Use "
+                "a preset with more bytes, max_error, or transmission='exact'. Said once; see report().",
+            )
 
-    def __init__(self, selection: Selection, branch: int, layer: int, step: int, since: int, time: float) -> None:
-        self._selection, self._key, self._step, self._since, self._time = selection, (branch, layer), step, since, time
-        self._numbers: Counter[str] = Counter()
-
-    def number(self, label: str) -> int:
-        self._numbers[label] += 1
-        return self._numbers[label] - 1
-
-    def parcel(
-        self, label: str, place: tuple, blocks: tuple[int, ...], routes: tuple[Route, ...], width: int, itemsize: int
-    ) -> Parcel:
-        key = (*self._key, label, *place)
-        first = self._selection.copies.get(key) is None
-        coding = self._selection.coding(self._step - self._since, width, itemsize, first)
-        return Parcel(key, (*self._key, *place), label, blocks, routes, width, coding, self._step, self._time)
-
-    def missed(self, label: str, norms: Tensor) -> None:
-        self._selection.missed[self._step, self._key[1], label].append(norms)
+    def free(self) -> None:
+        """Drop all copies. Work of a forward that failed may still be under way: it has the old ones."""
+        self._most_bytes = self.held_bytes
+        self.copies = Copies()
+        self._codec = make_codec(self.settings, self.copies)

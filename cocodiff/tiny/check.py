@@ -1,7 +1,7 @@
-"""Does a 64 x 64 picture show what its caption says? Plain pixel rules, nothing learned.
+"""Checks whether a 64 x 64 picture shows what its caption says, by rules on pixels; nothing is learned.
 
-For each half of the picture: the background's colour, the object's colour, and the shape whose ideal outline,
-drawn into the object's bounding box, agrees best with the object's pixels.
+In each half of the picture it looks for the colour of the background, the colour of the object, and the shape whose
+ideal outline, drawn into the bounding box of the object, agrees best with the object's pixels.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from cocodiff.tiny.pictures import BACKGROUNDS, COLOURS, SHAPES, SIZE, Scene, Th
 
 Array = NDArray[np.float64]
 
-# All limits leave room for what an autoencoder blurs; drawn pictures pass them by far.
-_MAX_COLOUR_DISTANCE = 70.0  # of a typical pixel from its named colour, in 8-bit RGB; names are >= 115 apart
-_MAX_FOREIGN_SHARE = 0.03  # of a half's pixels that are neither background, object, nor a blend of the two
+# All limits allow for the blur of an autoencoder; drawn pictures meet them easily.
+_MAX_COLOUR_DISTANCE = 70.0  # of the median pixel from its named colour, in 8-bit RGB; two names are >= 115 apart
+_MAX_FOREIGN_SHARE = 0.03  # share of a half's pixels that are neither background nor object nor a blend of both
 _MIN_OVERLAP = 0.85  # intersection over union with the ideal outline
-_SIDE_PX = (17, 31)  # height and width of an object; drawn ones have 21 to 29
+_SIDE_PX = (17, 31)  # least and largest height and width of an object; drawn ones have 21 to 29
 _MAX_ASPECT = 1.35
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was wrong, in words; nothing when the picture fits its caption."""
+    """The mistakes of a picture, in words; none if it fits its caption."""
 
     mistakes: tuple[str, ...]
 
@@ -41,7 +41,7 @@ class Verdict:
 
 
 def check_picture(picture: Image.Image | NDArray[np.uint8], caption: str | Scene) -> Verdict:
-    """Judge a picture, (64, 64, 3) uint8 or PIL, against a caption of the tiny grammar."""
+    """Check a picture, PIL or (64, 64, 3) uint8, against a caption of the tiny grammar. ValueError for another size."""
     scene = pictures.parse(caption) if isinstance(caption, str) else caption
     rgb = picture.convert("RGB") if isinstance(picture, Image.Image) else picture
     pixels = np.asarray(rgb, dtype=np.float64)
@@ -55,7 +55,7 @@ def check_picture(picture: Image.Image | NDArray[np.uint8], caption: str | Scene
 
 
 def _mistakes(half: Array, thing: Thing, background: str) -> list[str]:
-    """What is wrong in one half, (32, 64, 3) or (64, 32, 3), that should hold `thing` alone."""
+    """Return the mistakes in one half, (32, 64, 3) or (64, 32, 3), that should hold `thing` and nothing else."""
     behind = np.array(BACKGROUNDS[background], dtype=np.float64)
     named = {**BACKGROUNDS, **COLOURS}
     distances = {name: np.linalg.norm(half - np.array(rgb), axis=-1) for name, rgb in named.items()}
@@ -79,7 +79,7 @@ def _mistakes(half: Array, thing: Thing, background: str) -> list[str]:
     if np.median(distances[background][is_behind]) > _MAX_COLOUR_DISTANCE:
         mistakes.append(f"background is hardly {background}")
 
-    # Smooth edges are blends: express each pixel as background + opacity x (colour - background) + a rest.
+    # Smooth edges are blends, so express each pixel as background + opacity x (colour - background) + a rest.
     towards = np.array(COLOURS[colour], dtype=np.float64) - behind
     opacity = (half - behind) @ towards / (towards @ towards)
     rest = np.linalg.norm(half - behind - opacity[..., None] * towards, axis=-1)
@@ -89,8 +89,8 @@ def _mistakes(half: Array, thing: Thing, background: str) -> list[str]:
 
 
 def _shape_mistakes(mask: NDArray[np.bool_], shape: str) -> list[str]:
-    """`mask`: the object's pixels, (32, 64) or (64, 32)."""
-    # A row or column counts from two pixels on, so that single stray ones do not stretch the box.
+    """Return the mistakes of the object whose pixels are `mask`, bool (32, 64) or (64, 32)."""
+    # A row or column needs two pixels to count, so that single stray ones do not stretch the box.
     rows, columns = np.flatnonzero(mask.sum(1) >= 2), np.flatnonzero(mask.sum(0) >= 2)
     if not len(rows) or not len(columns):
         return ["no object"]
@@ -115,10 +115,10 @@ def _shape_mistakes(mask: NDArray[np.bool_], shape: str) -> list[str]:
 
 @cache
 def _outlines(shape: str, height: int, width: int) -> list[NDArray[np.bool_]]:
-    """Ideal pixels, (height, width) each, of a shape that fills the box; for triangles there are several.
+    """Return the ideal pixels, bool (height, width), of a shape that fills the box; several for a triangle.
 
-    A triangle stands on its base. Its three sharp corners are the first thing that blurring takes, so the
-    box may be too tight: by up to 3.5 px at the tip and by up to 2 px at either end of the base.
+    A triangle stands on its base. Blurring removes its three sharp corners first, so the box may be too small: by up to
+    3.5 px at the tip and by up to 2 px at either end of the base.
     """
     y = np.arange(height)[:, None] + 0.5
     x = np.arange(width)[None, :] + 0.5 - width / 2

@@ -1,8 +1,8 @@
-"""The components of the tiny FLUX pipelines, built from configs alone, and their weights on disk.
+"""Builds the components of the tiny FLUX pipelines from configs, and saves and loads their weights.
 
-About 5.6 M parameters: a `FluxTransformer2DModel` (2 double + 4 single blocks, 8 heads x 24), an
-`AutoencoderKL` that halves height and width, and frozen random text encoders. A 64 x 64 picture is 32 x 32
-latents, 256 image tokens.
+They have about 5.6 million parameters: a `FluxTransformer2DModel` (2 double + 4 single blocks, 8 heads x 24), an
+`AutoencoderKL` that halves height and width, and frozen random text encoders. A 64 x 64 picture has 32 x 32 latents and
+256 image tokens.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from cocodiff.tiny import pictures
 
 WEIGHTS = Path(__file__).parent / "weights"
 TEXT_TOKENS = 16
-"""Text tokens a prompt is padded to. The longest caption takes 13 with the T5 tokenizer, 14 with CLIP's."""
+"""Text tokens that a prompt is padded to. The longest caption has 13 with the T5 tokenizer, 14 with CLIP's."""
 
 LATENT_SIZE = pictures.SIZE // 2
 """Height and width of the latents of a default picture; the pipelines' `default_sample_size`."""
@@ -42,10 +42,10 @@ _CLIP_START, _CLIP_END = "<|startoftext|>", "<|endoftext|>"
 
 
 class TinyT5Tokenizer(PreTrainedTokenizerFast):
-    """A word-level tokenizer that never pads or cuts to more than its `model_max_length`.
+    """A word-level tokenizer that pads and cuts to its `model_max_length` at most.
 
-    FLUX pipelines ask for `max_length=512` unless the user says otherwise; the tiny transformer was trained
-    with 16 text tokens. Shorter lengths are honoured.
+    FLUX pipelines ask for `max_length=512` by default, but the tiny transformer was trained with 16 text tokens.
+    Shorter lengths are kept.
     """
 
     def __call__(self, *args: Any, max_length: int | None = None, **kwargs: Any) -> Any:
@@ -55,7 +55,7 @@ class TinyT5Tokenizer(PreTrainedTokenizerFast):
 
 
 def _words() -> list[str]:
-    """The grammar's words, sorted."""
+    """Return the words of the grammar, sorted."""
     return sorted({word for scene in pictures.all_scenes() for word in scene.caption.split()})
 
 
@@ -75,7 +75,7 @@ def _t5_tokenizer() -> TinyT5Tokenizer:
 
 
 def _byte_pairs(words: list[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges, the most frequent pair first, until each of `words` is one token."""
+    """Return byte-pair merges, the most frequent pair first, that make each of `words` one token."""
     pieces = [[*word[:-1], word[-1] + "</w>"] for word in words]
     merges: list[tuple[str, str]] = []
     while any(len(piece) > 1 for piece in pieces):
@@ -100,7 +100,7 @@ def _clip_tokenizer() -> CLIPTokenizer:
 
 
 def _text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """A CLIP text model whose random weights carry words and positions into the pooled output, (B, 96)."""
+    """Build a CLIP text model whose random weights carry words and positions into the pooled output, (B, 96)."""
     model = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -124,7 +124,7 @@ def _text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def _text_encoder_2(tokenizer: TinyT5Tokenizer) -> T5EncoderModel:
-    """A T5 encoder, (B, S) -> (B, S, 96); strong random position biases tell every token its neighbours."""
+    """Build a T5 encoder, (B, S) -> (B, S, 96). Strong random position biases mix each token with its neighbours."""
     model = T5EncoderModel(
         T5Config(
             vocab_size=len(tokenizer),
@@ -152,7 +152,7 @@ def _text_encoder_2(tokenizer: TinyT5Tokenizer) -> T5EncoderModel:
 
 
 def _vae(scaling_factor: float, shift_factor: float) -> AutoencoderKL:
-    """(B, 3, 64, 64) in [-1, 1] <-> (B, 4, 32, 32)."""
+    """Build an autoencoder between pictures (B, 3, 64, 64) in [-1, 1] and latents (B, 4, 32, 32)."""
     return AutoencoderKL(
         block_out_channels=(16, 32),
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -170,7 +170,7 @@ def _vae(scaling_factor: float, shift_factor: float) -> AutoencoderKL:
 
 
 def _transformer() -> FluxTransformer2DModel:
-    """(B, 256, 16) packed latents + (B, 16, 96) text -> (B, 256, 16) velocity."""
+    """Build a transformer from packed latents (B, 256, 16) and text (B, 16, 96) to the velocity (B, 256, 16)."""
     model = FluxTransformer2DModel(
         in_channels=16,  # four latent channels x 2 x 2 patch
         num_layers=2,
@@ -182,7 +182,7 @@ def _transformer() -> FluxTransformer2DModel:
         guidance_embeds=False,
         axes_dims_rope=(4, 10, 10),
     )
-    # Zero modulation and output: every block starts as the identity, which trains faster and more safely.
+    # With zero modulation and output every block starts as the identity, which trains faster and more stably.
     torch.nn.init.zeros_(model.proj_out.weight)
     for name, parameter in model.named_parameters():
         if name.endswith("linear.weight") and "norm" in name:
@@ -191,10 +191,10 @@ def _transformer() -> FluxTransformer2DModel:
 
 
 def build_components(scaling_factor: float = 1.0, shift_factor: float = 0.0, seed: int = 0) -> dict[str, Any]:
-    """All components of a FLUX pipeline, by the pipeline's argument names, with random weights from `seed`.
+    """Build all components of a FLUX pipeline with random weights from `seed`, by the pipeline's argument names.
 
-    The scheduler neither shifts sigmas nor adapts them to the resolution, as in the transformer's training.
-    The caller's random state is left as it was.
+    The scheduler neither shifts sigmas nor adapts them to the resolution, as in the transformer's training. The
+    caller's random state does not change.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -214,25 +214,26 @@ def build_components(scaling_factor: float = 1.0, shift_factor: float = 0.0, see
 
 
 def model_parts(components: dict[str, Any]) -> dict[str, torch.nn.Module]:
+    """Return the components that are modules."""
     return {name: part for name, part in components.items() if isinstance(part, torch.nn.Module)}
 
 
 def save_components(components: dict[str, Any], folder: Path = WEIGHTS) -> None:
-    """Write the models' weights to `folder`/<name>.safetensors in float16, the latents' scale to vae.json."""
+    """Write the weights into `folder`/<name>.safetensors in float16, and the scale of the latents into vae.json."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in model_parts(components).items():
-        # T5 ties two names to one tensor; safetensors wants each tensor once.
+        # T5 ties two names to one tensor, but safetensors accepts each tensor only once.
         unique = {t.data_ptr(): key for key, t in reversed(part.state_dict().items())}
         tensors = {key: part.state_dict()[key].to(torch.float16).contiguous() for key in unique.values()}
         save_file(tensors, folder / f"{name}.safetensors")
-        (folder / f"{name}.safetensors").chmod(0o644)  # save_file leaves it readable by its owner alone
+        (folder / f"{name}.safetensors").chmod(0o644)  # save_file makes it readable only by its owner
     config = components["vae"].config
     scale = {"scaling_factor": config.scaling_factor, "shift_factor": config.shift_factor}
     (folder / "vae.json").write_text(json.dumps(scale) + "\n")
 
 
 def load_components(folder: Path = WEIGHTS, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """The components with the weights of `folder`, cast to `dtype`."""
+    """Build the components with the weights of `folder`, cast to `dtype`. RuntimeError if weights do not fit."""
     components = build_components(**json.loads((folder / "vae.json").read_text()))
     for name, part in model_parts(components).items():
         with safe_open(folder / f"{name}.safetensors", framework="pt") as file:
@@ -241,5 +242,5 @@ def load_components(folder: Path = WEIGHTS, dtype: torch.dtype = torch.float32) 
         tied = {key for key in missing.missing_keys if key.endswith("embed_tokens.weight")}
         if missing.unexpected_keys or set(missing.missing_keys) - tied:
             raise RuntimeError(f"{folder / name}.safetensors does not fit the model: {missing}")
-        torch.nn.Module.to(part, dtype)  # diffusers' own `to` warns, naming no module to be warned about
+        torch.nn.Module.to(part, dtype)  # diffusers' own `to` warns without naming a module
     return components

@@ -1,8 +1,8 @@
-"""The tiny pipeline's world: captions, the pictures they describe, and which captions are never trained on.
+"""Captions of the tiny pipeline, the pictures they describe, and the captions that are kept out of training.
 
-A caption names two objects, how they lie and what is behind them:
-"a red circle above a blue square on a white background". Pictures are 64 x 64 pixels; an object lies in the
-middle of its half of the picture, with a little jitter.
+A caption names two objects, their relation and the background:
+"a red circle above a blue square on a white background". Pictures have 64 x 64 pixels. An object lies near the middle
+of its half of the picture.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of
 RELATIONS = tuple(OPPOSITE)
 
 HELD_OUT = 64
-"""How many scenes are kept out of training."""
+"""The number of scenes that are kept out of training."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Two different objects, the relation of the first to the second, and a background."""
+    """Two different objects, the relation of the first to the second, and the background."""
 
     first: Thing
     relation: str
@@ -63,12 +63,12 @@ class Scene:
 
     @property
     def mirrored(self) -> Scene:
-        """The same picture told from the second object's side."""
+        """The same picture described from the second object."""
         return Scene(self.second, OPPOSITE[self.relation], self.first, self.background)
 
 
 def parse(caption: str) -> Scene:
-    """The scene of a caption of this grammar; ValueError for any other text."""
+    """Return the scene of a caption of this grammar. ValueError for any other text."""
     scene = _by_caption().get(" ".join(caption.lower().split()))
     if scene is None:
         example = all_scenes()[0].caption
@@ -83,7 +83,7 @@ def _by_caption() -> dict[str, Scene]:
 
 @cache
 def all_scenes() -> tuple[Scene, ...]:
-    """Every caption of the grammar: 15 x 14 pairs of objects x 4 relations x 3 backgrounds = 2,520."""
+    """Return every scene of the grammar: 15 x 14 pairs of objects x 4 relations x 3 backgrounds = 2,520."""
     things = [Thing(shape, colour) for shape in SHAPES for colour in COLOURS]
     return tuple(
         Scene(first, relation, second, background)
@@ -97,7 +97,7 @@ def all_scenes() -> tuple[Scene, ...]:
 
 @cache
 def held_out_scenes() -> tuple[Scene, ...]:
-    """64 scenes that training never sees, in neither of the two ways to tell them; always the same ones."""
+    """Return the 64 scenes that training never sees, neither as they are nor mirrored; always the same ones."""
     chosen: list[Scene] = []
     taken: set[Scene] = set()
     for scene in random.Random(2024).sample(all_scenes(), len(all_scenes())):
@@ -111,13 +111,13 @@ def held_out_scenes() -> tuple[Scene, ...]:
 
 @cache
 def training_scenes() -> tuple[Scene, ...]:
-    """All scenes but the held-out ones and their mirrored captions: 2,392."""
-    hidden = {told for scene in held_out_scenes() for told in (scene, scene.mirrored)}
+    """Return all 2,392 scenes but the held-out ones and their mirror images."""
+    hidden = {one for scene in held_out_scenes() for one in (scene, scene.mirrored)}
     return tuple(scene for scene in all_scenes() if scene not in hidden)
 
 
 def half_of(relation: str, which: str) -> tuple[slice, slice]:
-    """Rows and columns of the half of the picture in which the `which` ("first" or "second") object lies."""
+    """Return the rows and columns of the half in which the object `which` ("first" or "second") lies."""
     near = (relation in ("above", "left of")) == (which == "first")
     part = slice(0, SIZE // 2) if near else slice(SIZE // 2, SIZE)
     return (part, slice(0, SIZE)) if relation in ("above", "below") else (slice(0, SIZE), part)
@@ -128,16 +128,16 @@ def _draw_thing(draw: ImageDraw.ImageDraw, thing: Thing, x: float, y: float, r: 
     if thing.shape == "circle":
         draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
     elif thing.shape == "square":
-        r *= 0.9  # looks as large as the circle
+        r *= 0.9  # so that it looks as large as the circle
         draw.rectangle((x - r, y - r, x + r, y + r), fill=fill)
     else:
         draw.polygon([(x, y - r), (x - r, y + 0.85 * r), (x + r, y + 0.85 * r)], fill=fill)
 
 
 def draw_scene(scene: Scene, rng: random.Random, only: str | None = None) -> Image.Image:
-    """A 64 x 64 RGB picture of `scene`: radius 12-14 px, jitter 1 px along the relation and 2 px across it.
+    """Draw `scene`, 64 x 64 RGB, with radii of 12 to 14 px and offsets of up to 1 px along the relation, 2 px across.
 
-    `only` ("first" or "second") leaves the other object out and moves nothing.
+    `only` ("first" or "second") leaves out the other object and changes nothing else.
     """
     scale = 4  # drawn larger and averaged down, so that edges are smooth
     canvas = Image.new("RGB", (SIZE * scale, SIZE * scale), BACKGROUNDS[scene.background])
@@ -156,7 +156,7 @@ def draw_scene(scene: Scene, rng: random.Random, only: str | None = None) -> Ima
 
 @dataclass(frozen=True)
 class InpaintCase:
-    """An inpainting task: repaint `mask` (white) of `image` so that the whole picture fits `scene`."""
+    """An inpainting task: repaint the white part of `mask` in `image` so that the whole picture fits `scene`."""
 
     scene: Scene
     image: Image.Image
@@ -165,9 +165,10 @@ class InpaintCase:
 
 
 def inpaint_case(index: int) -> InpaintCase:
-    """Held-out scene `index` with one object gone (even halves of the list) or replaced by a wrong one.
+    """Return the inpainting task of held-out scene `index`: one object is missing, or another is in its place.
 
-    The mask covers that object's half of the picture. Which object is asked for alternates.
+    Indices 0, 1, 4, 5 .. lack the object, 2, 3, 6, 7 .. show another one. It is the first object if `index` is even,
+    else the second. The mask covers its half of the picture.
     """
     scene = held_out_scenes()[index]
     rng = random.Random(index)

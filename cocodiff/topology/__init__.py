@@ -1,4 +1,4 @@
-"""The cluster as data: levels, links, presets, and what the ranks' hosts show."""
+"""The cluster as data: its levels and links, presets, and detection from the hosts of the ranks."""
 
 from cocodiff.topology.cluster import Cluster, Level
 from cocodiff.topology.detect import load_cluster

@@ -1,7 +1,7 @@
 """A cluster as data: its levels, innermost first, each with a size and a link.
 
-A *level* is one step outwards: the tiles of one GPU, the GPUs of one node, the nodes of one run. Ranks are
-numbered with the innermost level fastest, as launchers number them. The JSON form (`Cluster.to_json`,
+A *level* groups units of the level inside it: the tiles of one GPU, the GPUs of one node, the nodes of one run.
+Rank numbers run fastest through the innermost level, as launchers assign them. The JSON form (`Cluster.to_json`,
 `Cluster.from_json`):
 
     {
@@ -13,18 +13,19 @@ numbered with the innermost level fastest, as launchers number them. The JSON fo
       ]
     }
 
-- `levels`: innermost first, at least one, names all different.
-- `size`: how many units of the level inside make up this one; null only on the outermost: whatever the run
-  has.
-- `bandwidth_gbs`: what one rank can send through this level, one direction, in 1e9 bytes per second.
+- `levels`: innermost first, at least one, with different names.
+- `size`: how many units of the level inside make up this one. Only the outermost level may have null, which stands
+  for as many as the run has.
+- `bandwidth_gbs`: what one rank can send through this level in one direction, in 1e9 bytes per second.
 - `latency_us`: the cost of one message through this level, in microseconds.
-- `slow` (optional, null): whether this level's link deserves fewer bytes; null lets `Cluster.slow` decide.
-- `flat_efficiency` (optional, 1.0): the measured share, at most 1, of the slowest level's bandwidth that one
-  flat all-to-all over several levels reaches.
-- `measured` (optional, null): `{"ranks": 4, "flat": [[bytes, seconds], ...], "staged": [...]}`, what
-  `cocodiff bench collectives` writes; on that many ranks it takes the place of the model.
+- `slow` (optional, null): whether selective transmission sends fewer bytes through this level; null lets
+  `Cluster.slow` decide.
+- `flat_efficiency` (optional, 1.0): the share, measured and at most 1, of the slowest level's bandwidth that one flat
+  all-to-all over several levels reaches.
+- `measured` (optional, null): `{"ranks": 4, "flat": [[bytes, seconds], ...], "staged": [...]}`, written by
+  `cocodiff bench collectives`. On that many ranks it replaces the model.
 
-Every other key is required, and no key beyond these is accepted.
+All other keys are required, and unknown keys are refused.
 """
 
 from __future__ import annotations
@@ -40,8 +41,7 @@ from typing import Any
 from cocodiff.errors import ConfigError
 from cocodiff.topology.measured import Measured
 
-# A link under this share of the bandwidth of the level inside it counts as slow, unless the level says
-# otherwise.
+# A link with less than this share of the bandwidth of the level inside it is slow, unless the level says otherwise.
 _SLOW_SHARE = 0.25
 
 
@@ -49,9 +49,9 @@ _SLOW_SHARE = 0.25
 class Level:
     """One level of a cluster and the link that joins its parts.
 
-    `bandwidth_gbs` is for one rank and one direction, in 1e9 bytes per second; `latency_us` for one message,
+    `bandwidth_gbs` is that of one rank in one direction, in 1e9 bytes per second; `latency_us` is that of one message,
     in microseconds. `size` None (only on the outermost level of a cluster) follows from the number of ranks.
-    `slow` None leaves the answer to `Cluster.slow`. Raises `ConfigError` for values that cannot be.
+    `slow` None lets `Cluster.slow` decide. Raises `ConfigError` for impossible values.
     """
 
     name: str
@@ -73,10 +73,11 @@ class Level:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Levels, innermost first, and how well a flat all-to-all does across several of them.
+    """The levels of a cluster, innermost first, and what is known of exchanges over several of them.
 
-    `flat_efficiency` is the measured share of the slowest level's bandwidth that one flat all-to-all over
-    several levels reaches; 1.0 stands for unknown. Raises `ConfigError` for values that cannot be.
+    `flat_efficiency` is the measured share of the slowest level's bandwidth that one flat all-to-all over several
+    levels reaches; 1.0 if it was not measured. `measured` holds times of whole exchanges. Raises `ConfigError` for
+    impossible values.
     """
 
     name: str
@@ -103,19 +104,20 @@ class Cluster:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """The levels' sizes, innermost first. Raises `ConfigError` while one is open: `resolve` first."""
+        """The sizes of the levels, innermost first. Raises `ConfigError` if one is open: call `resolve` first."""
         return tuple(self._concrete(level) for level in self.levels)
 
     @property
     def num_ranks(self) -> int:
-        """How many ranks the levels hold together. Raises `ConfigError` while a size is open."""
+        """The number of ranks of the whole cluster. Raises `ConfigError` if a size is open."""
         return math.prod(self.sizes)
 
     @property
     def slow(self) -> tuple[bool, ...]:
-        """Whether each level is slow: as it says, else under a quarter of the bandwidth inside it.
+        """Whether each level is slow: what its `slow` says, or, if that is None, what its bandwidth says.
 
-        The innermost level is slow only if it says so.
+        Then a level is slow if it has less than a quarter of the bandwidth of the level inside it. The innermost level
+        is slow only if its `slow` is True.
         """
         flags: list[bool] = []
         for index, level in enumerate(self.levels):
@@ -126,11 +128,11 @@ class Cluster:
         return tuple(flags)
 
     def resolve(self, num_ranks: int) -> Cluster:
-        """This cluster with every size concrete, holding exactly `num_ranks` ranks.
+        """Return this cluster with concrete sizes that hold exactly `num_ranks` ranks.
 
-        From inside outwards a level takes its full size while the ranks last; the level where they run out
-        shrinks to what remains and everything outside it becomes 1. Raises `ConfigError` when a full level
-        does not divide the ranks that remain, or when ranks are left over beyond the outermost level.
+        From the innermost level outwards, a level keeps its full size as long as there are ranks to fill it. The level
+        that they do not fill shrinks, and all levels outside it get size 1. Raises `ConfigError` if a full level does
+        not divide the number of units inside it, or if there are more ranks than the levels hold.
         """
         if not _is_int(num_ranks) or num_ranks < 1:
             raise ConfigError(f"cluster {self.name!r}: the number of ranks must be at least 1, not {num_ranks!r}")
@@ -153,7 +155,10 @@ class Cluster:
         return dataclasses.replace(self, levels=tuple(resolved))
 
     def with_sizes(self, sizes: tuple[int, ...]) -> Cluster:
-        """Some of these ranks: the same links, other sizes; what was measured counts for all ranks alone."""
+        """Return a cluster of some of these ranks: the same links with other sizes.
+
+        Times that were measured are dropped, since they are those of exchanges among all ranks.
+        """
         if sizes == self.sizes:
             return self
         levels = zip(self.levels, sizes, strict=True)
@@ -162,14 +167,14 @@ class Cluster:
         )
 
     def to_json(self) -> str:
-        """This cluster in the form the module's docstring describes."""
+        """Return the JSON form that the module's docstring describes."""
         return json.dumps(dataclasses.asdict(self), indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> Cluster:
-        """The cluster that `text` describes, in the form of the module's docstring.
+        """Return the cluster that a JSON text in the form of the module's docstring describes.
 
-        Raises `ConfigError` naming the key that is missing, unknown or wrong.
+        Raises `ConfigError` with the key that is missing, unknown or wrong.
         """
         try:
             data = json.loads(text, object_pairs_hook=_no_duplicates)
@@ -190,19 +195,22 @@ class Cluster:
         return cls(**{**fields, "levels": tuple(levels)})
 
     def seconds(self, exchange: str, bytes_per_rank: float) -> float:
-        """Of one whole exchange, `"flat"` or `"staged"`: measured on this many ranks, or else MODELLED."""
+        """Return the seconds of one whole exchange, `"flat"` or `"staged"`.
+
+        They are MEASURED if there are measurements on this many ranks, otherwise MODELLED.
+        """
         if self.measured is not None and self.measured.ranks == self.num_ranks:
             return self.measured.seconds(exchange, bytes_per_rank)
         return self.flat_seconds(bytes_per_rank) if exchange == "flat" else self.staged_seconds(bytes_per_rank)
 
     def flat_seconds(self, bytes_per_rank: float) -> float:
-        """MODELLED seconds of exchanging `bytes_per_rank`, divided evenly over all ranks, in one all-to-all.
+        """Return the MODELLED seconds of one all-to-all in which each rank sends `bytes_per_rank` evenly to all ranks.
 
-        An alpha-beta model: all levels move bytes at once, so the slowest to finish sets the time, and every
-        message pays its level's latency in turn. It knows nothing of contention beyond `flat_efficiency`, of
-        message-size cliffs or of the library's algorithm, and published models of this kind have ordered real
-        runs backwards until latencies were measured: put measured bandwidths and latencies into the levels
-        before trusting a close call.
+        This is an alpha-beta model. All levels move bytes at the same time, so the slowest of them sets the time, and
+        the latencies of all messages add up. The model contains neither contention beyond `flat_efficiency` nor
+        changes of the library's algorithm with the size of the message. Published models of this kind have ordered
+        real runs wrongly until latencies were measured, so put measured bandwidths and latencies into the levels
+        before you trust a small difference.
         """
         sizes = self.sizes
         part_bytes = bytes_per_rank / math.prod(sizes)
@@ -218,11 +226,11 @@ class Cluster:
         return transfer_seconds + latency_seconds
 
     def staged_seconds(self, bytes_per_rank: float) -> float:
-        """MODELLED seconds of the same exchange in one stage per level of size > 1, one after the other.
+        """Return the MODELLED seconds of the same exchange in stages, one for each level of size > 1.
 
-        Each stage moves the whole buffer once among the `size` parts of its level: fewer, larger messages.
-        The limits of the model are those of `flat_seconds`; overlap between stages of different tensors is
-        not in it.
+        Each stage moves the whole buffer once among the `size` parts of its level, in fewer and larger messages than a
+        flat exchange. The limits of the model are those of `flat_seconds`. Stages of different tensors, which overlap
+        in a run, do not overlap in the model.
         """
         total_seconds = 0.0
         for level, size in zip(self.levels, self.sizes, strict=True):
@@ -238,7 +246,8 @@ class Cluster:
         return level.size
 
     def _legal_near(self, num_ranks: int) -> str:
-        # A legal count is some units (at most a level's size) of everything inside that level.
+        """Return the words of an error that name the nearest numbers of ranks that fit the levels."""
+        # A number that fits is some units, at most a level's size, of everything inside that level.
         below, above = [], []
         inner_ranks = 1
         for level in self.levels:
@@ -263,7 +272,7 @@ def _check_name(name: object, what: str) -> None:
 
 def _check_positive(value: object, key: str, where: str) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    # The upper limit also refuses whole numbers that no float can hold.
+    # The upper limit also refuses integers that no float can hold.
     if not is_number or not 0 < value <= sys.float_info.max:  # type: ignore[operator]
         raise ConfigError(f"{where}: {key} must be a positive, finite number, not {value!r}")
 
@@ -272,7 +281,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for key, value in pairs:
         if key in fields:
-            raise ConfigError(f"the key {key!r} stands twice in one object")
+            raise ConfigError(f"the key {key!r} occurs twice in one object")
         fields[key] = value
     return fields
 

@@ -1,6 +1,6 @@
-"""Which cluster a run is on: what the user names, else what the ranks' hosts show.
+"""Finds out which cluster a run is on: the one that the user names, otherwise from the hosts of the ranks.
 
-Every rank must be given the same `hosts`, so that all of them come to the same cluster.
+All ranks must pass the same `hosts`, so that all get the same cluster.
 """
 
 from __future__ import annotations
@@ -15,20 +15,19 @@ from cocodiff.errors import ConfigError
 from cocodiff.topology.cluster import Cluster, Level
 from cocodiff.topology.presets import PRESETS
 
-# ASSUMED bandwidths (1e9 bytes/s, one rank, one direction) inside a host and between hosts, when only hosts
-# are known.
+# ASSUMED bandwidths (1e9 bytes/s, one rank, one direction) inside a host and between hosts if only hosts are known.
 _ASSUMED_GBS = {"cuda": (200.0, 25.0), "xpu": (15.0, 200.0 / 12), "cpu": (5.0, 1.0)}
 _ASSUMED_LOCAL_LATENCY_US = 10.0
 _ASSUMED_NETWORK_LATENCY_US = 30.0
 
 
 def detect(hosts: Sequence[str], device_type: str) -> tuple[Cluster, str]:
-    """The cluster that the ranks' hosts show (`hosts[rank]`), resolved, and one sentence saying why.
+    """Return the resolved cluster of ranks on these hosts (`hosts[rank]`), and one sentence that says why.
 
-    One host gives one level. Equal contiguous blocks of ranks per host give two, `local` and `network`.
-    Anything else gives one uniform level, which leaves nothing to stage; the sentence says so. Bandwidths are
-    assumed from `device_type` ("cuda", "xpu", "cpu"), and a level that crosses hosts is called slow. Raises
-    `ConfigError` without hosts.
+    One host gives one level. Contiguous blocks with the same number of ranks on each host give two levels, `local` and
+    `network`. Any other order gives one level, so that a staged exchange has one stage; the sentence says so.
+    Bandwidths are assumed from `device_type` ("cuda", "xpu" or "cpu"), and a level that crosses hosts is slow. Raises
+    `ConfigError` if there are no hosts.
     """
     _check_hosts(hosts)
     local_gbs, network_gbs = _ASSUMED_GBS.get(device_type, _ASSUMED_GBS["cpu"])
@@ -57,12 +56,12 @@ def detect(hosts: Sequence[str], device_type: str) -> tuple[Cluster, str]:
 
 
 def load_cluster(spec: str | os.PathLike[str] | Cluster, hosts: Sequence[str], device_type: str) -> tuple[Cluster, str]:
-    """The cluster that `spec` names, resolved for `len(hosts)` ranks, and one sentence on its source.
+    """Return the cluster that `spec` names, resolved for `len(hosts)` ranks, and one sentence on its source.
 
-    `spec` is "auto" (see `detect`), a preset's name, a path to a JSON file (a text that ends in ".json" or
-    exists), or a `Cluster`. Levels that claim more ranks in a node than really share a host are not refused,
-    but the sentence says so. Raises `ConfigError` for an unknown name, an unreadable file, or ranks that do
-    not fit the levels.
+    `spec` is "auto" (see `detect`), the name of a preset, the path of a JSON file (a text that ends in ".json" or names
+    a file), or a `Cluster`. Levels that put more ranks into a node than share a host are not refused, but the sentence
+    says so. Raises `ConfigError` for an unknown name, an unreadable file, or a number of ranks that does not fit the
+    levels.
     """
     _check_hosts(hosts)
     if isinstance(spec, str) and spec == "auto":
@@ -106,7 +105,7 @@ def _read(path: Path) -> Cluster:
 
 
 def _doubt(cluster: Cluster, hosts: Sequence[str]) -> str:
-    """What does not fit between the levels and the hosts, or an empty text."""
+    """Return what does not fit between the levels and the hosts, or an empty text."""
     counts = Counter(hosts)
     if len(counts) == 1:
         return ""

@@ -1,4 +1,4 @@
-"""How long exchanges took on the real links, by size: what `exchange="auto"` believes before any model."""
+"""Measured times of exchanges by size. `exchange="auto"` uses them instead of the model if there are any."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from cocodiff.errors import ConfigError
 
 @dataclass(frozen=True)
 class Measured:
-    """MEASURED seconds of whole exchanges on `ranks` ranks, as (bytes a rank, seconds), by size.
+    """MEASURED seconds of whole exchanges on `ranks` ranks: points (bytes a rank, seconds), sorted by size.
 
-    Raises `ConfigError` for points that cannot be.
+    Raises `ConfigError` for impossible points.
 
     >>> Measured(4, flat=((1000, 1.0), (4000, 4.0)), staged=((1000, 2.0),)).seconds("flat", 2000)
     2.0
@@ -30,7 +30,11 @@ class Measured:
             object.__setattr__(self, name, _points(getattr(self, name), name))
 
     def seconds(self, exchange: str, bytes_per_rank: float) -> float:
-        """Between two points a power law; below the first its time, beyond the last in proportion to the bytes."""
+        """Return the seconds of an exchange of this size, `"flat"` or `"staged"`.
+
+        Between two points they follow a power law. Below the first point they are its seconds, beyond the last one they
+        grow in proportion to the bytes.
+        """
         points: tuple[tuple[float, float], ...] = getattr(self, exchange)
         if bytes_per_rank <= points[0][0]:
             return points[0][1]

@@ -1,6 +1,6 @@
-"""Clusters known by name, from public documentation.
+"""Clusters known by name, with figures from public documentation.
 
-Latencies are ASSUMED everywhere: measure them before trusting a close call.
+All latencies are ASSUMED: measure them before you trust a small difference.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from types import MappingProxyType
 
 from cocodiff.topology.cluster import Cluster, Level
 
-# 12 ranks (tiles) a node. Tile to tile in one GPU 185 GB/s one way, Xe-Link 15 GB/s one way, and 8 NICs of
-# about 25 GB/s, which 12 ranks share. The node level is slow by word, not by the quarter rule: its paper
-# figure is no less than Xe-Link's, but a measured flat all-to-all falls from 16.1 GB/s inside one node to
-# 2.41 GB/s over two.
+# 12 ranks (tiles) a node. In one direction, 185 GB/s between the tiles of a GPU and 15 GB/s over Xe-Link; 12 ranks
+# share 8 NICs of about 25 GB/s. `slow` is set on the node level because its bandwidth on paper is no less than
+# Xe-Link's, while a MEASURED flat all-to-all falls from 16.1 GB/s inside one node to 2.41 GB/s over two.
 _AURORA = Cluster(
     name="aurora",
     levels=(
@@ -21,12 +20,12 @@ _AURORA = Cluster(
         Level("gpu", 6, bandwidth_gbs=15.0, latency_us=10.0, slow=False),  # inside a node all stays exact
         Level("node", None, bandwidth_gbs=200.0 / 12, latency_us=15.0, slow=True),
     ),
-    # CoCoDiff (arXiv 2604.14561), one node, all-to-all of 48 MB a rank: 6.0 ms staged against 25.5 ms flat.
+    # MEASURED by CoCoDiff (arXiv 2604.14561), one node, all-to-all of 48 MB a rank: 6.0 ms staged, 25.5 ms flat.
     flat_efficiency=6.0 / 25.5,
 )
 
-# 4 A100 joined pairwise by 4 NVLink3 of 25 GB/s one way: 12 links, 300 GB/s a GPU. 2 Slingshot NICs of 25
-# GB/s for 4 ranks.
+# 4 A100, each pair joined by 4 NVLink3 of 25 GB/s in one direction: 12 links, 300 GB/s a GPU. 4 ranks share 2
+# Slingshot NICs of 25 GB/s.
 _POLARIS = Cluster(
     name="polaris",
     levels=(
@@ -35,8 +34,8 @@ _POLARIS = Cluster(
     ),
 )
 
-# 8 H100 behind NVSwitch, 18 NVLink4 of 25 GB/s one way: 450 GB/s a GPU. One NIC of 400 Gbit/s, 50 GB/s, for
-# each.
+# 8 H100 behind NVSwitch with 18 NVLink4 of 25 GB/s in one direction: 450 GB/s a GPU. Each has a NIC of 400 Gbit/s,
+# 50 GB/s.
 _DGX_H100 = Cluster(
     name="dgx-h100",
     levels=(
@@ -45,8 +44,7 @@ _DGX_H100 = Cluster(
     ),
 )
 
-# Devices of one machine taken as equal, with an ASSUMED bandwidth: one level leaves nothing to stage, so it
-# decides little.
+# Devices of one machine with equal links of an ASSUMED bandwidth, which decides little, since one level has one stage.
 _SINGLE_NODE = Cluster(
     name="single-node",
     levels=(Level("device", None, bandwidth_gbs=25.0, latency_us=10.0),),
@@ -55,4 +53,4 @@ _SINGLE_NODE = Cluster(
 PRESETS: Mapping[str, Cluster] = MappingProxyType(
     {cluster.name: cluster for cluster in (_AURORA, _POLARIS, _DGX_H100, _SINGLE_NODE)}
 )
-"""The clusters known by name, not resolved; read-only. Sources stand beside each."""
+"""The clusters by name, read-only and not resolved. The comment above each gives the source of its figures."""

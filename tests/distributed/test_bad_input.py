@@ -169,8 +169,7 @@ def _out_of_step():
         return kwargs
 
     def call_again():
-        with busy.cocodiff.doors["transformer"].in_pipeline():
-            pass
+        busy.cocodiff.forwards["transformer"].in_call(None).__enter__()
 
     busy(**flux_call("text2image"), callback_on_step_end=nested)
     said["two at once"] = inside["said"]
@@ -197,8 +196,8 @@ def _unwrap_while_a_lane_waits():
 
     pipe = cocodiff.wrap(flux_pipeline())
     if dist.get_rank() == 0:
-        group = pipe.cocodiff.engine.mesh.everyone.group
-        pipe.cocodiff.engine.lane(pipe.cocodiff.mesh.ulysses).submit(
+        group = pipe.cocodiff.mesh.everyone.group
+        pipe.cocodiff.session.lane(pipe.cocodiff.mesh.ulysses.level).submit(
             lambda x: dist.all_reduce(x, group=group) and x, torch.ones(1), "alone"
         )
     call = flux_call("text2image")

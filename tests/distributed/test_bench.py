@@ -21,8 +21,8 @@ namespaces = pytest.mark.skipif(
 
 def _bench(shape, names, cluster, trace=None):
     from cocodiff.bench.run import run_bench
-    from cocodiff.bench.shapes import Shape
     from cocodiff.launch.job import start_job
+    from cocodiff.models.shapes import Shape
 
     job = start_job("cpu")
     result = run_bench(Shape(*shape), names, job, cluster, 1, 1, lambda text: None, trace and Path(trace))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.distributed.ranks import run_ranks
-from tests.pipelines import controlnet_pipeline, flux_call, flux_pipeline, in_pieces, relative_error
+from tests.pipelines import controlnet_pipeline, flux_call, flux_pipeline, relative_error
 
 LIMIT = 1e-5
 
@@ -62,8 +62,8 @@ def _with(name):
     reference = alone(**flux_call("text2image")).images
     before = flux_pipeline()
     add(before)
-    cocodiff.wrap(before, cluster=in_pieces())
-    after = cocodiff.wrap(flux_pipeline(), cluster=in_pieces())
+    cocodiff.wrap(before, pieces=4)
+    after = cocodiff.wrap(flux_pipeline(), pieces=4)
     add(after)
     errors = [relative_error(pipe(**flux_call("text2image")).images, reference) for pipe in (before, after)]
     return errors, relative_error(plain, reference)
@@ -175,10 +175,8 @@ def test_pipelines_that_share_a_transformer_and_the_class_form():
 
 def _controlled():
     import cocodiff
-    from cocodiff import plan as costs
-    from cocodiff.layer import Flight
+    from cocodiff.layer import LayerInFlight
 
-    costs.ROWS_PER_PIECE = 2
     pipe, call = controlnet_pipeline(), flux_call("text2image")
     call = {name: value for name, value in call.items() if "negative" not in name and name != "true_cfg_scale"}
     image = torch.rand(1, 3, 36, 28, generator=torch.Generator().manual_seed(3))
@@ -186,9 +184,9 @@ def _controlled():
     uncontrolled = pipe(**{**call, "controlnet_conditioning_scale": 0.0}).images
     pipe = controlnet_pipeline()
     alone = pipe(**{**call, "generator": torch.Generator().manual_seed(1)}).images
-    cocodiff.wrap(pipe, cluster=in_pieces())
-    dropped, drop = [], Flight.drop
-    Flight.drop = lambda flight: dropped.append(1) or drop(flight)
+    cocodiff.wrap(pipe, pieces=4)
+    dropped, drop = [], LayerInFlight.drop
+    LayerInFlight.drop = lambda flight: dropped.append(1) or drop(flight)
     together = pipe(**{**call, "generator": torch.Generator().manual_seed(1)}).images
     return relative_error(together, alone), relative_error(uncontrolled, alone), len(dropped)
 

@@ -1,8 +1,5 @@
 """Exchanges on real ranks: element for element equal to slicing the whole, flat and staged, with poisoned buffers."""
 
-import dataclasses
-import itertools
-
 import pytest
 import torch
 
@@ -17,24 +14,29 @@ CASES = [
 ]
 
 
-def _engine(sizes, exchange="auto", schedule="v_first"):
+def _session(sizes, transport=None, measured=None):
+    """A session over all ranks, with the levels of `sizes`, and its mesh: one ulysses axis."""
     import torch.distributed as dist
 
     from cocodiff.config import Config
-    from cocodiff.parallel.mesh import Degrees, Mesh
-    from cocodiff.state import Engine
+    from cocodiff.exchange.transport import make_transport
+    from cocodiff.launch.job import start_job
+    from cocodiff.parallel.mesh import Degrees
+    from cocodiff.plan import RunPlan
+    from cocodiff.state import Session
     from cocodiff.topology import Cluster, Level
 
-    if not dist.is_initialized():
-        dist.init_process_group("gloo")
     levels = tuple(Level(f"level {i}", size, 0.001, 1000.0) for i, size in enumerate(sizes))
-    host = dist.new_group(backend="gloo")
-    mesh = Mesh.create(Cluster("test", levels), Degrees(1, 1, host.size()), "gloo", host)
-    return Engine(Config(exchange=exchange, schedule=schedule), mesh, torch.device("cpu"))
+    job, cluster = start_job("cpu"), Cluster("test", levels, measured=measured)
+    plan = RunPlan(Degrees(1, 1, dist.get_world_size()))
+    session = Session(job, Config(), cluster, lambda model: plan, transport or make_transport)
+    return session, session.connect(plan)
 
 
 def _check_exchanges(all_sizes):
-    from cocodiff.exchange import Layout, split_sizes, to_heads, to_sequence
+    from cocodiff.exchange import to_heads, to_sequence
+    from cocodiff.exchange.collectives import gather_rows
+    from cocodiff.parallel.layout import Layout, split_sizes
     from cocodiff.parallel.tokens import Tokens
 
     # What a collective forgets to write must not look right: fresh memory is filled with NaN.
@@ -42,8 +44,8 @@ def _check_exchanges(all_sizes):
     torch.utils.deterministic.fill_uninitialized_memory = True
     wrong = []
     for sizes in all_sizes:
-        engine = _engine(sizes)
-        rank, ranks = engine.rank, engine.mesh.ulysses.size
+        _, connected = _session(sizes)
+        rank, ranks = connected.ulysses.rank, connected.ulysses.size
         for number, case in enumerate(CASES):
             for dtype in (torch.float32, torch.bfloat16):
                 torch.manual_seed(number)
@@ -51,7 +53,7 @@ def _check_exchanges(all_sizes):
                 layout = Layout(tokens.joint, split_sizes(case["heads"], ranks))
                 whole = torch.randn(case["batch"], sum(tokens.joint), case["heads"], case["head_dim"]).to(dtype)
                 shard = whole.split(list(layout.seq_lens), 1)[rank]
-                for exchange in (engine.flat, engine.staged) if ranks > 1 else ():
+                for exchange in connected.exchanges.values():
                     pending = [to_heads(exchange, scale * shard, layout, rank, "x") for scale in (1, 2, 3)]
                     for scale, one in zip((1, 2, 3), pending, strict=True):
                         got = one.wait()
@@ -60,11 +62,10 @@ def _check_exchanges(all_sizes):
                         back = to_sequence(exchange, got, layout, rank, "x").wait()
                         if not torch.equal(back, (scale * shard).flatten(2)):
                             wrong.append((sizes, case, dtype, exchange.name, "to_sequence"))
-                    with engine.sharded(tokens):
-                        image = torch.randn(case["batch"], case["image"], 6).to(dtype)
-                        local = image[:, tokens.rows("image", rank)]
-                        if not torch.equal(engine.gather(local, "image"), image):
-                            wrong.append((sizes, case, dtype, "gather"))
+                image = torch.randn(case["batch"], case["image"], 6).to(dtype)
+                local = image[:, tokens.rows("image", rank)]
+                if not torch.equal(gather_rows(local, tokens.streams["image"], connected.sequence), image):
+                    wrong.append((sizes, case, dtype, "gather"))
     return wrong
 
 
@@ -76,79 +77,64 @@ def test_exchanges_deliver_exactly(ranks):
 
 def _local_copy_instead_of_exchange():
     """The negative control: a rank that copies its own block into every place must be noticed."""
-    from cocodiff.exchange import Layout, to_heads
+    from cocodiff.exchange import to_heads
+    from cocodiff.exchange.transport import make_local_transport, make_transport
+    from cocodiff.parallel.layout import Layout
 
-    engine = _engine((2, 2))
-    layout = Layout((3, 3, 3, 3), (2, 2, 2, 2))
-    engine.flat.start = lambda send, traffic, label, out=None: engine.lane(engine.mesh.ulysses).submit(
-        lambda x: x.clone(), send, label
-    )
-    torch.manual_seed(0)
-    whole = torch.randn(1, 12, 8, 2)
-    got = to_heads(engine.flat, whole.split(3, 1)[engine.rank], layout, engine.rank, "x").wait()
-    return torch.equal(got, whole.split(2, 2)[engine.rank])
+    found = []
+    for transport in (make_transport, make_local_transport):
+        _, connected = _session((2, 2), transport)
+        rank, layout = connected.ulysses.rank, Layout((3, 3, 3, 3), (2, 2, 2, 2))
+        torch.manual_seed(0)
+        whole = torch.randn(1, 12, 8, 2)
+        got = to_heads(connected.exchanges["flat"], whole.split(3, 1)[rank], layout, rank, "x").wait()
+        found.append(torch.equal(got, whole.split(2, 2)[rank]))
+    return found
 
 
 def test_a_local_copy_is_not_an_exchange():
-    assert run_ranks(4, _local_copy_instead_of_exchange) == [False] * 4
+    assert run_ranks(4, _local_copy_instead_of_exchange) == [[True, False]] * 4
 
 
-def _plans():
-    """Every rank's choice of exchange and pieces, for several sizes."""
-    engine = _engine((2, 2))
-    from cocodiff.exchange import Layout
+def _counted():
+    """Bytes that each exchange counts, and those of theory, by level."""
+    from cocodiff.exchange import to_heads
+    from cocodiff.parallel.layout import Layout
 
-    return [
-        engine.plan([Layout((n,) * 4, (2,) * 4)], width, 4) for n, width in itertools.product((4, 4096), (16, 2048))
-    ]
-
-
-def _plan_names():
-    return [(exchange.name, pieces) for exchange, pieces, _ in _plans()]
-
-
-def _measured_choices():
-    """What auto takes by measured times, and that those of another number of ranks do not count."""
-    from cocodiff.exchange import Layout
-    from cocodiff.topology import Measured
-
-    engine, names = _engine((2, 2)), []
-    for ranks, faster in ((4, "flat"), (4, "staged"), (8, "flat")):
-        times = {"flat": ((1, 2.0),), "staged": ((1, 2.0),)} | {faster: ((1, 1.0),)}
-        cluster = dataclasses.replace(engine.mesh.cluster, measured=Measured(ranks, **times))
-        axis = dataclasses.replace(engine.mesh.ulysses, cluster=cluster)
-        engine.mesh = dataclasses.replace(engine.mesh, cluster=cluster, ulysses=axis)
-        names.append(engine.plan([Layout((4,) * 4, (2,) * 4)], 16, 4)[0].name)
-    return names
+    session, connected = _session((2, 2))
+    rank, layout = connected.ulysses.rank, Layout((3, 3, 3, 3), (2, 2, 2, 2))
+    counted = {}
+    for name, exchange in connected.exchanges.items():
+        session.bytes.clear()
+        to_heads(exchange, torch.ones(1, 3, 8, 2), layout, rank, "x").wait()
+        counted[name] = session.bytes.by_level(2)
+    return counted
 
 
-def test_auto_believes_what_was_measured():
-    modelled = run_ranks(4, _plan_names)[0][0][0]
-    assert run_ranks(4, _measured_choices) == [["flat", "staged", modelled]] * 4
-
-
-def test_all_ranks_choose_alike_and_large_messages_go_in_pieces():
-    choices = run_ranks(4, _plan_names)
-    assert all(choice == choices[0] for choice in choices)
-    assert choices[0][0][1] == 1 and choices[0][-1][1] > 1
+def test_bytes_are_counted_by_the_link_they_cross():
+    block = 3 * 2 * 2 * 4  # tokens x heads x head_dim x bytes, of one rank for one other
+    expected = {"flat": [block, 2 * block], "staged": [2 * block, 2 * block]}
+    assert run_ranks(4, _counted) == [expected] * 4
 
 
 def _with_and_without_gaps():
     """Splits with empty parts, as they are and with an element in place of each (what XPU needs)."""
-    import torch
     import torch.distributed as dist
 
-    from cocodiff.exchange.flat import AllToAll
+    from cocodiff.exchange.transport import XcclTransport
 
-    _engine((3,))
+    session, connected = _session((3,))
     rank, group = dist.get_rank(), dist.new_group()
     splits = [[0, 2, 0], [3, 0, 1], [0, 0, 4]]  # from, to
     send = torch.arange(sum(splits[rank])) + 10 * rank
     recv_splits = [row[rank] for row in splits]
-    work = [AllToAll(splits[rank], recv_splits, group, tag) for tag in (1, 2)]
-    return work[0](send).tolist(), work[1]._without_gaps(send, send.new_empty(sum(recv_splits))).tolist()
+    filled = XcclTransport(group, (3,), session.lane(0), session.bytes)
+    return [
+        transport.all_to_all(send, splits[rank], recv_splits, send.dtype, "x").wait().tolist()
+        for transport in (connected.ulysses, filled)
+    ]
 
 
 def test_empty_parts_can_be_filled():
     expected = [[10, 11, 12], [0, 1], [13, 20, 21, 22, 23]]
-    assert run_ranks(3, _with_and_without_gaps) == [(one, one) for one in expected]
+    assert run_ranks(3, _with_and_without_gaps) == [[one, one] for one in expected]

@@ -42,7 +42,7 @@ def test_control_a_broken_exchange_is_seen_in_every_family(references):
 
 def _broken_part(name, references):
     import cocodiff
-    from cocodiff.models.sd3 import family as sd3
+    from cocodiff.models.sd3 import layers as sd3
     from cocodiff.parallel.tokens import Tokens
     from cocodiff.pipeline import forward as door
 
@@ -50,8 +50,13 @@ def _broken_part(name, references):
     if name == "qwen text2image":  # the mask does not follow the order of the exchange
         Tokens.exchanged = lambda tokens, whole, rows: whole
     elif name == "sd35 text2image":  # the second attention adds nothing
-        beside = sd3.DualLayer.beside
-        sd3.DualLayer.beside = lambda layer: 0 * beside(layer)
+        second = sd3.DualLayer.parallel_branch
+
+        def nothing(layer, state):
+            added = second(layer, state)
+            return None if added is None else 0 * added
+
+        sd3.DualLayer.parallel_branch = nothing
     elif name == "wan ti2v":  # every rank gets the timesteps of the first tokens: nothing else is cut at Wan's door
         shard = door._shard
         door._shard = lambda value, rows, *more: shard(value, slice(0, rows.stop - rows.start), *more)

@@ -19,7 +19,7 @@ PATIENCE_SECONDS = 1.0
 # What lies under what, in two single blocks: (exchange, occurrence) spans (compute, occurrence) .. (the same).
 # In two pieces, the first output lies under the second attention, and the last under V of the next block, whose first
 # piece is the third V.
-COMMON = {("v", 0): (("k", 0), ("q", 0)), ("q", 0): (("beside", 0), ("beside", 0))}
+COMMON = {("v", 0): (("k", 0), ("q", 0)), ("q", 0): (("parallel", 0), ("parallel", 0))}
 SPANS = {
     "v_first": COMMON | {("o", 0): (("attend", 1), ("attend", 1)), ("o", 1): (("finish", 0), ("v", 2))},
     "sequential": COMMON | {("o", 0): (("attend", 0), ("finish", 0)), ("o", 1): (("finish", 0), ("v", 1))},
@@ -64,20 +64,18 @@ class Gates:
 def _record(schedule):
     """The marks of one forward of a transformer of two single blocks, on this rank."""
     import cocodiff
-    from cocodiff import plan as settings
 
-    settings.ROWS_PER_PIECE = 16  # two pieces of the sixteen rows
-    level = cocodiff.Level("slow", 2, 1e-6, 1e-6)  # slow, but messages cost nothing to start: rows are cut
+    level = cocodiff.Level("slow", 2, 1e-6, 1e-6)
     pipe, cluster = flux_pipeline(double=0, single=2), cocodiff.Cluster("test", (level,))
-    cocodiff.wrap(pipe, schedule=schedule, exchange="flat", cluster=cluster)
-    engine, gates = pipe.cocodiff.engine, Gates(SPANS[schedule])
-    lane = engine.lane(engine.mesh.ulysses)
-    span, submit = engine.span, lane.submit
-    engine.span = lambda label: gates.compute(label, span)
+    cocodiff.wrap(pipe, schedule=schedule, exchange="flat", cluster=cluster, pieces=2)
+    session, gates = pipe.cocodiff.session, Gates(SPANS[schedule])
+    lane = session.lane(0)
+    span, submit = session.span, lane.submit
+    session.span = lambda label: gates.compute(label, span)
     lane.submit = lambda work, source, label: submit(gates.exchange(label, work), source, label)
 
     call = flux_call("text2image", height=20, width=20)
-    with engine.recording() as timeline:
+    with session.recording() as timeline:
         pipe(**{**call, "num_inference_steps": 1, "true_cfg_scale": 1.0})
     return [(mark.kind, mark.lane, mark.label) for mark in timeline.marks]
 

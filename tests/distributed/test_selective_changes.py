@@ -56,13 +56,13 @@ MESHES = {"ulysses": dict(ring_degree=1), "ring": dict(ring_degree=2), "cfg": di
 def _changes_go_unseen():
     import torch
 
-    from cocodiff.selective.run import Selection
+    from cocodiff.selective.run import SelectiveCall
 
-    right = Selection.forward
+    right = SelectiveCall.step
     same = torch.zeros(1)
-    Selection.forward = lambda selection, conditioning, latents, shape: right(selection, same, same, None)
+    SelectiveCall.step = lambda call, conditioning, latents, shape, name=None: right(call, same, same, None, name)
     yield
-    Selection.forward = right
+    SelectiveCall.step = right
 
 
 def _changes():
@@ -111,7 +111,7 @@ def _other_objects():
 
     import cocodiff
     from cocodiff import Selective
-    from cocodiff.pipeline.call_report import CopiesDiffer
+    from cocodiff.errors import CopiesDifferError
     from cocodiff.selective.branches import Remembered
 
     def drawn(selective, guided=False, default=torch.float32, **more):
@@ -137,7 +137,7 @@ def _other_objects():
     Remembered.recognises = lambda self, x: x is self._object
     try:
         drawn(eight, **renewed)
-    except CopiesDiffer as error:
+    except CopiesDifferError as error:
         told = str(error)
     Remembered.recognises = right
     return torch.equal(once, again), shared(report), len(guarded["guard"]), "copies differ" in told
@@ -148,7 +148,7 @@ def _noisy():
     import diffusers
 
     import cocodiff
-    from cocodiff.tiny import tiny_pipeline
+    from cocodiff import tiny_pipeline
 
     records = []
     logging.getLogger("cocodiff").addHandler(handler := logging.Handler())

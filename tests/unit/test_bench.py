@@ -10,10 +10,12 @@ import torch
 from cocodiff.bench import results
 from cocodiff.bench.collectives import fit, with_measurements
 from cocodiff.bench.links import busiest_links, interface_bytes
-from cocodiff.bench.models import RECIPES, build_inputs, build_transformer
+from cocodiff.bench.models import build_inputs, build_transformer
 from cocodiff.bench.run import run_bench
-from cocodiff.bench.shapes import SHAPES, Shape, named_shape
+from cocodiff.bench.shapes import SHAPES, named_shape
 from cocodiff.errors import ConfigError
+from cocodiff.models import FAMILIES
+from cocodiff.models.shapes import Shape
 from cocodiff.topology.detect import detect
 
 
@@ -28,7 +30,7 @@ def test_scaled_shapes_keep_their_proportions(name, scale):
     assert small.text % 32 == small.image % 32 == 0
 
 
-@pytest.mark.parametrize("family", RECIPES)
+@pytest.mark.parametrize("family", [family.name for family in FAMILIES])
 def test_a_shape_runs_and_is_the_same_each_time(family):
     single = 1 if family.startswith("flux") else 0
     shape = Shape("tiny", family, 2, single, 2, 16, 3, 6, dual=1 if family == "sd3" else 0)

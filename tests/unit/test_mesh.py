@@ -8,7 +8,7 @@ import torch
 from cocodiff.errors import ConfigError
 from cocodiff.kernels import attend_partial, attend_partial_reference, merge_partial
 from cocodiff.parallel.layout import axis_sizes, outer_difference
-from cocodiff.parallel.mesh import choose_degrees, outward_bytes
+from cocodiff.planner import choose_degrees, outward_bytes
 from cocodiff.topology import Cluster, Level
 
 

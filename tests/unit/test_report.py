@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from cocodiff.errors import ConfigError
-from cocodiff.observe import trace as report
+from cocodiff.observe.draw import plot_step
+from cocodiff.observe.summary import describe, summary
 from cocodiff.observe.timeline import Span, Timeline
+from cocodiff.observe.trace import read_traces, spans_by_rank, write_trace
 
 
 def _spans(wait):
@@ -22,12 +24,12 @@ def _spans(wait):
 
 
 def test_the_summary_says_what_is_exposed_hidden_slowest_and_longest():
-    found = report.summary({0: _spans(1.0), 1: _spans(3.0)})
+    found = summary({0: _spans(1.0), 1: _spans(3.0)})
     assert found["steps"] == 1 and found["seconds"] == 10.0
     assert found["exposed_seconds"] == {0: 3.0, 1: 5.0} and found["slowest"] == 0
     assert found["hidden"] == {"v": 0.5, "k": None, "q": None, "o": 0.0}
     assert found["bubble"] == {"rank": 1, "label": "wait v", "seconds": 3.0, "at": 2.0}
-    text = report.describe(found)
+    text = describe(found)
     assert "V 50%, O 0%" in text and "| 1 | 5.000 s | 50% |" in text
 
 
@@ -41,27 +43,27 @@ class _Written(Timeline):
 
 def test_traces_are_written_merged_and_drawn(tmp_path):
     for rank in (0, 1):
-        report.write_trace(_Written(_spans(1.0)), tmp_path, rank)
-    events = report.read_traces(tmp_path)
-    spans = report.spans_by_rank(events)
+        write_trace(_Written(_spans(1.0)), tmp_path, rank)
+    events = read_traces(tmp_path)
+    spans = spans_by_rank(events)
     assert list(spans) == [0, 1]
     assert [(s.lane, s.label) for s in spans[1]] == [(s.lane, s.label) for s in _spans(1.0)]
     assert all(s.seconds == pytest.approx(t.seconds) for s, t in zip(spans[0], _spans(1.0), strict=True))
     names = {(e["pid"], e["args"]["name"]) for e in events if e["ph"] == "M"}
     assert {(0, "rank 0"), (0, "compute"), (0, "lane node"), (1, "rank 1")} <= names
     pytest.importorskip("matplotlib")
-    report.plot_step(spans, tmp_path / "step.png", "one step")
+    plot_step(spans, tmp_path / "step.png", "one step")
     assert (tmp_path / "step.png").stat().st_size > 1000
 
 
 def test_folders_without_traces_and_files_that_are_none(tmp_path):
     with pytest.raises(ConfigError, match="--trace"):
-        report.read_traces(tmp_path)
+        read_traces(tmp_path)
     (tmp_path / "trace-rank0.json").write_text("[]")
     with pytest.raises(ConfigError, match="no trace"):
-        report.read_traces(tmp_path)
+        read_traces(tmp_path)
     with pytest.raises(ConfigError, match="cannot be written"):
-        report.write_trace(_Written([]), tmp_path / "trace-rank0.json", 0)
+        write_trace(_Written([]), tmp_path / "trace-rank0.json", 0)
 
 
 def test_on_an_accelerator_times_are_those_of_its_events(monkeypatch):

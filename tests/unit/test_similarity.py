@@ -2,7 +2,7 @@
 
 import torch
 
-from cocodiff.selective.copies import Copies, Held
+from cocodiff.selective.copies import Copies, CopyKey, Held
 
 ALL = slice(None)
 
@@ -49,11 +49,11 @@ def test_rows_that_were_not_sent_stay():
 def test_copies_of_a_branch_are_forgotten_and_hashes_tell_bits_apart():
     copies, other = Copies(), Copies()
     for one, end, value in ((copies, "send", 3.0), (other, "receive", 3.0)):
-        one.put((0, 0, "v", end, 0), _held_after((0.0, 1.0), (1.0, value)))
+        one.put(CopyKey(0, 0, "v", end, "0"), _held_after((0.0, 1.0), (1.0, value)))
     assert copies.digests("send") == other.digests("receive") and not copies.digests("receive")
-    other.get((0, 0, "v", "receive", 0)).velocity[0, 0] += 1
+    other.get(CopyKey(0, 0, "v", "receive", "0")).velocity[0, 0] += 1
     assert copies.digests("send") != other.digests("receive")
-    assert copies.held_bytes == 2 * 4 * 2 * 2 and copies.get((0, 0, "v", "receive", 0)) is None
+    assert copies.held_bytes == 2 * 4 * 2 * 2 and copies.get(CopyKey(0, 0, "v", "receive", "0")) is None
     copies.forget(1)
     assert copies.held_bytes
     copies.forget(0)

@@ -12,7 +12,8 @@ import pytest
 import torch
 from diffusers import FluxImg2ImgPipeline, FluxInpaintPipeline, FluxPipeline
 
-from cocodiff.tiny import models, pictures, tiny_pipeline
+from cocodiff import tiny_pipeline
+from cocodiff.tiny import models, pictures
 from cocodiff.tiny.check import check_picture
 from cocodiff.tiny.pictures import BACKGROUNDS, COLOURS, OPPOSITE, RELATIONS, SHAPES, Scene
 

@@ -10,9 +10,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from cocodiff.bench.quality import ROUNDING, summary
+from benchmarks.quality.sweep import METHODS, ROUNDING, summary
 from cocodiff.errors import ConfigError
-from cocodiff.selective.schedule import METHODS
 
 TILE, TOP, LEFT = 128, 34, 6  # px
 DIFFERENCE = 8
@@ -54,7 +53,7 @@ def plot(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(6.2 * columns, 4.4 * rows + 0.8), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True).flat
-    names, handles = list(METHODS), {}
+    names, handles = [name for name in METHODS if name != ROUNDING], {}
     for axes, (title, lines) in zip(grid, panels.items(), strict=False):
         for (method, ring), points in lines.items():
             style = "--" if ring else "-"

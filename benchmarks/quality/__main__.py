@@ -1,4 +1,7 @@
-"""`cocodiff bench quality`: pictures of selective transmission against exact ones."""
+"""Pictures of selective transmission against exact ones: how like they are, method by method and budget by budget.
+
+python -m benchmarks.quality --out FOLDER --methods rounding,predicted,v_major --budgets 1/4,1/8,1/16 --steps 28
+"""
 
 from __future__ import annotations
 
@@ -7,35 +10,39 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
-from cocodiff.errors import ConfigError
+from benchmarks.quality import gallery
+from benchmarks.quality.simulate import Hosts, Simulation
+from benchmarks.quality.sweep import TASKS, Prompts, collected, draw, run_unit, summary, units
+from cocodiff.bench.results import as_json, check_folder, write
+from cocodiff.config import PRESETS, Selective
+from cocodiff.errors import CocodiffError, ConfigError
+from cocodiff.tiny import pictures
 
 
-def quality(
+def main(
     out: Annotated[Path, typer.Option(help="A folder; units whose results are there are not run again.")],
     tasks: Annotated[str, typer.Option(help="text2image and inpaint, with commas.")] = "text2image,inpaint",
-    steps: Annotated[str, typer.Option(help="With commas.")] = "28,50",
-    hosts: Annotated[str, typer.Option(help="Hosts x ranks of each, with commas.")] = "2x2",
-    crossing: Annotated[str, typer.Option(help="ulysses (Q, K, V, O cross), ring (K and V).")] = "ulysses,ring",
-    methods: Annotated[str, typer.Option(help="rounding, predicted, v_major, .. with commas.")] = "rounding,predicted",
-    budgets: Annotated[str, typer.Option(help="Shares of an exact bfloat16 wire.")] = "1/2,1/4,1/8,1/16,1/32",
-    captions: Annotated[int, typer.Option(min=1, max=64, help="Held-out captions.")] = 64,
-    seeds: Annotated[int, typer.Option(min=1, help="Of each caption.")] = 2,
+    steps: Annotated[str, typer.Option(help="Steps of a run; several with commas.")] = "28,50",
+    hosts: Annotated[str, typer.Option(help="Hosts x ranks of each host; several with commas.")] = "2x2",
+    crossing: Annotated[
+        str, typer.Option(help="What crosses: ulysses (Q, K, V and O), ring (K and V), or both with a comma.")
+    ] = "ulysses,ring",
+    methods: Annotated[
+        str, typer.Option(help="rounding, predicted, v_major, ...; several with commas.")
+    ] = "rounding,predicted",
+    budgets: Annotated[
+        str, typer.Option(help="Shares of the bytes of an exact bfloat16 wire, with commas.")
+    ] = "1/2,1/4,1/8,1/16,1/32",
+    captions: Annotated[int, typer.Option(min=1, max=64, help="How many of the held-out captions.")] = 64,
+    seeds: Annotated[int, typer.Option(min=1, help="Pictures of each caption.")] = 2,
     part: Annotated[str, typer.Option(help="1/2 and 2/2: two processes share the units.")] = "1/1",
-    threads: Annotated[int | None, typer.Option(min=1, help="Of this process.")] = None,
-    sheet: Annotated[bool, typer.Option(help="Draw the contact sheet, too.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of this process.")] = None,
+    sheet: Annotated[bool, typer.Option(help="Also draw the contact sheet.")] = False,
 ) -> None:
     """Draw every method at every budget in one process that plays all ranks; then a table and a plot of all in OUT."""
-    import torch
-
-    from cocodiff.bench import gallery
-    from cocodiff.bench.quality import TASKS, Prompts, collected, draw, run_unit, summary, units
-    from cocodiff.bench.results import as_json, check_folder, write
-    from cocodiff.bench.simulate import Hosts, Simulation
-    from cocodiff.selective.schedule import PRESETS, Selective
-    from cocodiff.tiny import pictures
-
     names = tasks.split(",")
     if unknown := [name for name in names if name not in TASKS]:
         raise ConfigError(f"--tasks {','.join(unknown)}: there are {', '.join(TASKS)}.")
@@ -52,9 +59,8 @@ def quality(
     if index > of:
         raise ConfigError(f"--part {part}: write 1/{of} to {of}/{of}.")
     prompts = Prompts(captions, seeds)
-    say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
     for unit in chosen[index - 1 :: of]:
-        run_unit(unit, prompts, out, say)
+        run_unit(unit, prompts, out)
     if of > 1:
         return
     results = collected(out)
@@ -95,3 +101,11 @@ def _share(text: str) -> float:
     if not 0 < share < 1:
         raise ConfigError(f"--budgets {text}: write shares between 0 and 1, as 1/8 or 0.125.")
     return share
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except CocodiffError as error:
+        print(f"benchmarks.quality: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

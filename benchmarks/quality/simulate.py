@@ -1,7 +1,7 @@
 """Selective transmission in one process that plays both sides: every rank's attention, on one device.
 
-Only what attention sees is changed: elements that would cross hosts come out of the coder, once as the sender's and
-once as the receiver's. Codes, copies and schedule are those of a real run whose scheduler's times are evenly spaced.
+Only what attention sees is changed: elements that would cross hosts come out of a codec, once as the sender's and once
+as the receiver's. Codes, copies and schedule are those of a real run whose scheduler's times are evenly spaced.
 
 Legend: B batch, S sequence, H heads, D head_dim, N ranks, W elements of a row.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,11 +19,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from benchmarks.quality.methods import Method, comparison
+from cocodiff.config import Selective
 from cocodiff.parallel.tokens import Tokens
-from cocodiff.selective.copies import Copies, Route
-from cocodiff.selective.exchange import ENDS
-from cocodiff.selective.residual import Coder, Parcel
-from cocodiff.selective.schedule import RAW, Selective
+from cocodiff.selective.copies import ENDS, Copies, CopyKey, Route
+from cocodiff.selective.parcel import Parcel
+from cocodiff.selective.run import make_codec
+from cocodiff.selective.schedule import codings, share
 
 Crossing = Callable[[int, str, Tensor, tuple[int, ...], tuple[Route, ...]], Tensor]
 
@@ -33,7 +35,7 @@ class Hosts:
     """Ranks on hosts that a slow link joins.
 
     Attributes:
-        ring: keys and values alone cross, each host being a part; else all four tensors do (ulysses over all ranks).
+        ring: only keys and values cross, each host being a part; else all four tensors do (ulysses over all ranks).
     """
 
     hosts: int = 2
@@ -125,19 +127,29 @@ class BothSides(TorchFunctionMode):
 class Played(ABC):
     """One run of a pipeline, all its ranks in this process.
 
+    Args:
+        wire: bytes of an element of an exact exchange, against which shares are counted (compute may be wider).
+
     Attributes:
         sent, exact: bytes that crossed, and would have.
     """
 
-    def __init__(self, hosts: Hosts, lengths: dict[str, int]) -> None:
-        self._hosts, self._lengths, self._step = hosts, lengths, -1
+    def __init__(self, hosts: Hosts, lengths: dict[str, int], wire: int = 2) -> None:
+        self._hosts, self._lengths, self._wire, self._step = hosts, lengths, wire, -1
         self.sent = self.exact = 0
 
-    @abstractmethod
     def _cross(
         self, layer: int, label: str, rows: Tensor, blocks: tuple[int, ...], routes: tuple[Route, ...]
     ) -> Tensor:
-        """`Crossing`."""
+        received, sent = self._received(layer, label, rows, blocks, routes)
+        self.sent, self.exact = self.sent + sent, self.exact + rows.numel() * self._wire
+        return received
+
+    @abstractmethod
+    def _received(
+        self, layer: int, label: str, rows: Tensor, blocks: tuple[int, ...], routes: tuple[Route, ...]
+    ) -> tuple[Tensor, int]:
+        """What the other side has of the rows `(R, W)`, and the bytes that crossed for that."""
 
     @contextmanager
     def around(self, transformer: Any) -> Iterator[None]:
@@ -159,40 +171,50 @@ class Played(ABC):
 class Rounding(Played):
     """Everything that crosses is rounded to bfloat16: the floor of any method on such a wire."""
 
-    def _cross(
+    def _received(
         self, layer: int, label: str, rows: Tensor, blocks: tuple[int, ...], routes: tuple[Route, ...]
-    ) -> Tensor:
-        self.sent += 2 * rows.numel()
-        self.exact += 2 * rows.numel()
-        return rows.bfloat16().to(rows.dtype)
+    ) -> tuple[Tensor, int]:
+        return rows.bfloat16().to(rows.dtype), 2 * rows.numel()
 
 
 class Simulation(Played):
-    """Selective transmission.
-
-    Args:
-        wire: bytes of an element of an exact exchange, against which shares are counted (compute may be wider).
-    """
+    """Selective transmission with the codecs of a real run."""
 
     def __init__(self, selective: Selective, hosts: Hosts, lengths: dict[str, int], steps: int, wire: int = 2) -> None:
-        super().__init__(hosts, lengths)
-        self._selective, self._steps, self._wire, self._coder = selective, steps, wire, Coder(Copies())
+        super().__init__(hosts, lengths, wire)
+        self._selective, self._steps, self._codec = selective, steps, make_codec(selective, Copies())
 
-    def _cross(
+    def _received(
         self, layer: int, label: str, rows: Tensor, blocks: tuple[int, ...], routes: tuple[Route, ...]
-    ) -> Tensor:
-        codings = self._selective.codings(self._steps, rows.shape[1], self._wire, self._hosts.ring)
-        coding, step = codings[self._step], self._step
-        parcels = [
-            Parcel((0, layer, label, end, 0), (layer, end), label, blocks, routes, rows.shape[1], coding, step, step)
+    ) -> tuple[Tensor, int]:
+        if share(self._selective, self._steps, self._hosts.ring) == 1:
+            return rows, rows.numel() * self._wire
+        width = rows.shape[1]
+        coding = codings(self._selective, self._steps, width, self._wire, self._hosts.ring)[self._step]
+        sending, receiving = (
+            Parcel(CopyKey(0, layer, label, end, "0"), blocks, routes, width, rows.itemsize, coding, self._step)
             for end in ENDS
-        ]
-        payload, _ = self._coder.encode(parcels[0], rows)
-        counted = sum(parcels[0].block_bytes(coding.row_bytes(rows.shape[1], self._wire)))
-        assert coding.bits == RAW or counted == len(payload), (counted, len(payload))
-        self.sent += counted
-        self.exact += rows.numel() * self._wire
-        return self._coder.decode(parcels[1], payload, rows.dtype)
+        )
+        payload, _ = self._codec.encode(sending, rows)
+        assert len(payload) == sum(sending.block_bytes), (len(payload), sending)
+        sent = sum(replace(sending, itemsize=self._wire).block_bytes)
+        return self._codec.decode(receiving, payload, rows.dtype), sent
+
+
+class Comparison(Played):
+    """A method of `benchmarks.quality.methods`."""
+
+    def __init__(self, name: str, budget: float, hosts: Hosts, lengths: dict[str, int], steps: int, wire: int = 2):
+        super().__init__(hosts, lengths, wire)
+        self._make = lambda width: comparison(name, budget, steps, width, wire, hosts.ring)
+        self._methods: dict[tuple[int, str], Method] = {}
+
+    def _received(
+        self, layer: int, label: str, rows: Tensor, blocks: tuple[int, ...], routes: tuple[Route, ...]
+    ) -> tuple[Tensor, int]:
+        if (layer, label) not in self._methods:
+            self._methods[layer, label] = self._make(rows.shape[1])
+        return self._methods[layer, label](self._step, rows, blocks)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

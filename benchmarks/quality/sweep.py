@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,24 +18,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cocodiff.bench.simulate import Hosts, Played, Rounding, Simulation
+from benchmarks.quality.methods import COMPARED, comparison
+from benchmarks.quality.metrics import psnr, relative_error, ssim
+from benchmarks.quality.simulate import Comparison, Hosts, Played, Rounding, Simulation
+from cocodiff.config import Selective
 from cocodiff.errors import ConfigError
-from cocodiff.quality import psnr, relative_error, ssim
-from cocodiff.selective.schedule import METHODS, Selective
-from cocodiff.tiny import pictures, tiny_pipeline
+from cocodiff.models.small import tiny_pipeline
+from cocodiff.selective.schedule import codings
+from cocodiff.tiny import pictures
 from cocodiff.tiny.check import check_picture
 from cocodiff.tiny.models import TEXT_TOKENS
 
 SCHEMA = "cocodiff-quality/1"
 BATCH = 16
 LENGTHS = {"text": TEXT_TOKENS, "image": (pictures.SIZE // 4) ** 2}
-ROUNDING = "rounding"
+ROUNDING = "rounding"  # everything that crosses is made bfloat16
+METHODS = (  # in the order of tables
+    ROUNDING, "predicted", "v_major", "changed_rows", "random_rows", "oldest_rows", "plain", "residual", "skip",
+)  # fmt: skip
 TASKS = ("text2image", "inpaint")
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One row of the sweep. `budget` of `rounding` (everything that crosses is made bfloat16) is 1."""
+    """One row of the sweep. `budget` of `rounding` is 1."""
 
     task: str
     steps: int
@@ -65,8 +72,8 @@ def units(
     tasks: Sequence[str], steps: Sequence[int], hosts: Sequence[Hosts], methods: Sequence[str], budgets: Sequence[float]
 ) -> list[Unit]:
     """All of them that have a schedule."""
-    if unknown := [method for method in methods if method not in METHODS and method != ROUNDING]:
-        raise ConfigError(f"--methods {','.join(unknown)}: there are {', '.join((ROUNDING, *METHODS))}.")
+    if unknown := [method for method in methods if method not in METHODS]:
+        raise ConfigError(f"--methods {','.join(unknown)}: there are {', '.join(METHODS)}.")
     found = []
     for task in tasks:
         for count in steps:
@@ -80,11 +87,12 @@ def units(
 
 
 def _possible(unit: Unit) -> bool:
-    if unit.method == ROUNDING:
-        return True
     width = 192 // unit.hosts.ranks // (1 if unit.hosts.ring else unit.hosts.hosts)
     try:
-        _selective(unit).codings(unit.steps, width, 2, unit.hosts.ring)
+        if unit.method in COMPARED:
+            comparison(unit.method, unit.budget, unit.steps, width, 2, unit.hosts.ring)
+        elif unit.method != ROUNDING:
+            codings(_selective(unit), unit.steps, width, 2, unit.hosts.ring)
     except ConfigError:
         return False
     return True
@@ -96,8 +104,16 @@ def _selective(unit: Unit) -> Selective:
     return Selective(budget=unit.budget, method=unit.method)
 
 
-def run_unit(unit: Unit, prompts: Prompts, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """The unit's result: from its file, or drawn and written there."""
+def _played(unit: Unit) -> Played:
+    if unit.method == ROUNDING:
+        return Rounding(unit.hosts, LENGTHS)
+    if unit.method in COMPARED:
+        return Comparison(unit.method, unit.budget, unit.hosts, LENGTHS, unit.steps)
+    return Simulation(_selective(unit), unit.hosts, LENGTHS, unit.steps)
+
+
+def run_unit(unit: Unit, prompts: Prompts, folder: Path) -> None:
+    """Draw the unit and write its result, unless it was written before."""
     path = folder / "units" / f"{unit.name}.json"
     if path.exists():
         found = json.loads(path.read_text())
@@ -106,16 +122,12 @@ def run_unit(unit: Unit, prompts: Prompts, folder: Path, say: Callable[[str], No
                 f"{path} is of {found['prompts']}, not of {asdict(prompts)}: give them as --captions and --seeds, or "
                 "another folder as --out."
             )
-        return found
+        return
     columns: dict[str, list[float]] = {name: [] for name in ("psnr", "ssim", "latent_error", "right", "exact_right")}
     sent = whole = 0
     for batch in prompts.batches():
         exact = _exact(unit.task, unit.steps, batch, folder)
-        simulation: Played
-        if unit.method == ROUNDING:
-            simulation = Rounding(unit.hosts, LENGTHS)
-        else:
-            simulation = Simulation(_selective(unit), unit.hosts, LENGTHS, unit.steps)
+        simulation = _played(unit)
         drawn, latents = draw(unit.task, unit.steps, batch, simulation)
         sent, whole = sent + simulation.sent, whole + simulation.exact
         columns["psnr"] += [round(value, 3) for value in psnr(drawn, exact["pixels"]).tolist()]
@@ -134,16 +146,19 @@ def run_unit(unit: Unit, prompts: Prompts, folder: Path, say: Callable[[str], No
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result) + "\n")
     row = summary(result)
-    say(f"{unit.name}: {row['share']:.4f} of the bytes, {row['median']:.1f} dB, 10th percentile {row['p10']:.1f}")
-    return result
+    print(
+        f"{unit.name}: {row['share']:.4f} of the bytes, {row['median']:.1f} dB, 10th percentile {row['p10']:.1f}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def collected(folder: Path) -> list[dict[str, Any]]:
     """All units that are in a folder, by pictures, steps, hosts, method and budget."""
 
     def order(result: dict[str, Any]) -> tuple:
-        unit, methods = result["unit"], (ROUNDING, *METHODS)
-        place = methods.index(unit["method"]), -unit["budget"]
+        unit = result["unit"]
+        place = METHODS.index(unit["method"]), -unit["budget"]
         return unit["task"] != TASKS[0], unit["steps"], unit["hosts"]["ring"], *place
 
     return sorted((json.loads(path.read_text()) for path in (folder / "units").glob("*.json")), key=order)

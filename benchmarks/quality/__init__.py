@@ -1,0 +1,1 @@
+"""How like the exact pictures those of selective transmission are: `python -m benchmarks.quality --out FOLDER`."""

@@ -1,0 +1,61 @@
+"""A mesh with what moves bytes over it: a transport for every axis, and the exchanges over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from cocodiff.exchange.flat import FlatExchange
+from cocodiff.exchange.lanes import Lane
+from cocodiff.exchange.ring import Ring
+from cocodiff.exchange.staged import StagedExchange
+from cocodiff.exchange.transport import Transport
+from cocodiff.exchange.ulysses import Exchange
+from cocodiff.observe.bytes import ByteCounter
+from cocodiff.parallel.mesh import Axis, Mesh
+
+TransportMaker = Callable[[dist.ProcessGroup | None, tuple[int, ...], Lane, ByteCounter], Transport]
+
+
+@dataclass(frozen=True)
+class ConnectedMesh:
+    """A mesh, a transport for each of its axes, and the exchanges.
+
+    Attributes:
+        everyone, sequence, ulysses, ring, cfg: the transports of the axes of the same names.
+        exchanges: by name, "flat" and "staged", over the ulysses axis.
+        around: the ring's exchange; None where the ring axis has one rank.
+    """
+
+    mesh: Mesh
+    everyone: Transport
+    sequence: Transport
+    ulysses: Transport
+    ring: Transport
+    cfg: Transport
+    levels: Mapping[int, Transport]
+    exchanges: Mapping[str, Exchange]
+    around: Ring | None
+
+    @classmethod
+    def connect(
+        cls, mesh: Mesh, lane: Callable[[int], Lane], counter: ByteCounter, make: TransportMaker
+    ) -> ConnectedMesh:
+        """Make all transports. `lane` gives the lane of a level of the cluster."""
+
+        def of(axis: Axis) -> Transport:
+            return make(axis.group, axis.cluster.sizes, lane(axis.level), counter)
+
+        sizes = mesh.ulysses.cluster.sizes
+        levels = {
+            level: make(group, tuple(size if at == level else 1 for at, size in enumerate(sizes)), lane(level), counter)
+            for level, group in mesh.level_groups.items()
+        }
+        axes = {name: of(getattr(mesh, name)) for name in ("everyone", "sequence", "ulysses", "ring", "cfg")}
+        exchanges: dict[str, Exchange] = {"flat": FlatExchange(axes["ulysses"])}
+        if levels:
+            exchanges["staged"] = StagedExchange(sizes, mesh.ulysses.rank, levels)
+        around = Ring(axes["ring"]) if mesh.ring.size > 1 else None
+        return cls(mesh, **axes, levels=levels, exchanges=exchanges, around=around)

@@ -1,0 +1,236 @@
+"""How bytes move among the ranks of one group. Nothing above this file knows what gloo, NCCL, XCCL and MPI differ in.
+
+A transport serves one group on one lane: whatever is asked of it runs there in order, beside the compute. It counts the
+bytes that it sends, by level of the cluster, and numbers its messages, so that several may be under way at once.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cocodiff.exchange.lanes import Lane, Ticket, Work
+from cocodiff.observe.bytes import ByteCounter
+from cocodiff.parallel.layout import outer_difference
+
+Prepare = Callable[[Tensor], Tensor]
+
+
+class Transport(ABC):
+    """Moves elements among the ranks of one group.
+
+    Args:
+        rank: this rank's place in the group, which has `size` ranks.
+        sizes: ranks of the group per level of the cluster, innermost first.
+        lane: of the slowest link that the group crosses; no other lane uses this group.
+    """
+
+    def __init__(self, rank: int, size: int, sizes: tuple[int, ...], lane: Lane, counter: ByteCounter) -> None:
+        self.rank, self.size, self.sizes, self.lane, self._counter = rank, size, sizes, lane, counter
+        self._levels = [None if peer == rank else outer_difference(rank, peer, sizes) for peer in range(size)]
+
+    def all_to_all(
+        self,
+        send: Tensor | Ticket,
+        send_splits: Sequence[int],
+        recv_splits: Sequence[int],
+        dtype: torch.dtype,
+        label: str,
+        *,
+        out: Tensor | None = None,
+        prepare: Prepare | None = None,
+        exact_bytes: Sequence[int] | None = None,
+    ) -> Ticket:
+        """Send the parts of a one-dimensional buffer, one to each rank; the ticket gives the parts of all ranks.
+
+        Args:
+            send: the buffer, or the ticket of work on another lane that produces it.
+            send_splits, recv_splits: elements for, and of, each rank.
+            dtype: of the buffer.
+            label: names the tensor in timelines and counts.
+            out: one-dimensional memory in which the parts arrive; new memory if None.
+            prepare: is applied to the buffer, on the lane, before it is sent.
+            exact_bytes: what an exact exchange would send to each rank, where that is more than what is sent.
+        """
+        sent = [count * dtype.itemsize for count in send_splits]
+        self._count(label, sent, sent if exact_bytes is None else exact_bytes)
+        return self.lane.submit(self._all_to_all(list(send_splits), list(recv_splits), out, prepare), send, label)
+
+    def all_gather(self, x: Tensor, label: str) -> Ticket:
+        """Gather a tensor of the same shape on all ranks; the ticket gives `(size, *shape)`."""
+        # As a ring does it (gloo's and NCCL's): all shards but one go to the next rank. No algorithm sends less.
+        sent = [0] * self.size
+        sent[(self.rank + 1) % self.size] = (self.size - 1) * x.numel() * x.itemsize
+        self._count(label, sent, sent)
+        return self.lane.submit(self._all_gather, x, label)
+
+    @abstractmethod
+    def _all_to_all(
+        self, send_splits: list[int], recv_splits: list[int], out: Tensor | None, prepare: Prepare | None
+    ) -> Work:
+        """The work of an all-to-all, for the lane."""
+
+    @abstractmethod
+    def _all_gather(self, send: Tensor) -> Tensor:
+        """The work of a gather."""
+
+    def _count(self, label: str, sent: Sequence[int], exact: Sequence[int]) -> None:
+        by_level, exact_by_level = [0] * len(self.sizes), [0] * len(self.sizes)
+        for level, count, whole in zip(self._levels, sent, exact, strict=True):
+            if level is not None:
+                by_level[level] += count
+                exact_by_level[level] += whole
+        self._counter.add(label, by_level, exact_by_level)
+
+
+class GroupTransport(Transport):
+    """What the transports over a process group share. `group`: the ranks, in the order of the axis."""
+
+    def __init__(self, group: dist.ProcessGroup, sizes: tuple[int, ...], lane: Lane, counter: ByteCounter) -> None:
+        super().__init__(group.rank(), group.size(), sizes, lane, counter)
+        self.group = group
+
+    def _all_gather(self, send: Tensor) -> Tensor:
+        out = send.new_empty(self.size, *send.shape)
+        dist.all_gather(list(out), send, group=self.group)
+        return out
+
+
+class PointToPointTransport(GroupTransport):
+    """An all-to-all of messages, all receives posted before any send: for gloo.
+
+    Gloo sends data once the receiver has said that it is ready, on the same ordered connection. Its own all-to-all
+    posts sends first: that word then waits behind the data that goes the other way, and by chance the link is used in
+    one direction at a time. MEASURED (benchmarks/gloo_duplex.py): half to all of a link's bandwidth; this way, all.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._messages = 0  # the same on all ranks of the group, whose programs are the same
+
+    def _all_to_all(
+        self, send_splits: list[int], recv_splits: list[int], out: Tensor | None, prepare: Prepare | None
+    ) -> Work:
+        self._messages += 1
+        return _Messages(self.group, self._messages % 2**30, send_splits, recv_splits, out, prepare)
+
+
+class _Messages:
+    """Work for a lane: `begin` posts the messages as soon as the buffer exists, the call waits for them."""
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        tag: int,
+        send_splits: list[int],
+        recv_splits: list[int],
+        out: Tensor | None,
+        prepare: Prepare | None,
+    ) -> None:
+        self._group, self._tag, self._send_splits, self._recv_splits = group, tag, send_splits, recv_splits
+        self._out, self._prepare = out, prepare
+        self._begun: tuple[Tensor, Tensor, list[dist.Work]] | None = None  # what is sent must live until it is
+
+    def begin(self, send: Tensor) -> None:
+        group, tag, rank, size = self._group, self._tag, self._group.rank(), self._group.size()
+        send = send if self._prepare is None else self._prepare(send)
+        recv = send.new_empty(sum(self._recv_splits)) if self._out is None else self._out
+        incoming, outgoing = recv.split(self._recv_splits), send.split(self._send_splits)
+        others = [(rank + distance) % size for distance in range(1, size)]
+        # The group's own methods: dist.isend and irecv around them cost as much again, for every message.
+        pending = [group.recv([incoming[r]], r, tag) for r in reversed(others) if self._recv_splits[r]]
+        pending += [group.send([outgoing[r]], r, tag) for r in others if self._send_splits[r]]
+        incoming[rank].copy_(outgoing[rank])
+        self._begun = recv, send, pending
+
+    def __call__(self, send: Tensor) -> Tensor:
+        if self._begun is None:
+            self.begin(send)
+        assert self._begun is not None
+        recv, _, pending = self._begun
+        for work in pending:
+            work.wait()
+        return recv
+
+
+class CollectiveTransport(GroupTransport):
+    """One `all_to_all_single`, started in the lane's order: NCCL, MPI."""
+
+    def _all_to_all(
+        self, send_splits: list[int], recv_splits: list[int], out: Tensor | None, prepare: Prepare | None
+    ) -> Work:
+        def work(send: Tensor) -> Tensor:
+            send = send if prepare is None else prepare(send)
+            recv = send.new_empty(sum(recv_splits)) if out is None else out
+            return self._exchange(recv, send, recv_splits, send_splits)
+
+        return work
+
+    def _exchange(self, recv: Tensor, send: Tensor, recv_splits: list[int], send_splits: list[int]) -> Tensor:
+        dist.all_to_all_single(recv, send, recv_splits, send_splits, group=self.group)
+        return recv
+
+
+class XcclTransport(CollectiveTransport):
+    """As NCCL, where empty parts of uneven splits crash (oneCCL): an element stands in for each."""
+
+    def _exchange(self, recv: Tensor, send: Tensor, recv_splits: list[int], send_splits: list[int]) -> Tensor:
+        if 0 not in send_splits + recv_splits:
+            return super()._exchange(recv, send, recv_splits, send_splits)
+        filler = send.new_zeros(1)
+        padded = torch.cat([part if len(part) else filler for part in send.split(send_splits)])
+        splits = [max(count, 1) for count in recv_splits]
+        arrived = recv.new_empty(sum(splits))
+        super()._exchange(arrived, padded, splits, [max(count, 1) for count in send_splits])
+        parts = zip(arrived.split(splits), recv_splits, strict=True)
+        return recv.copy_(torch.cat([part[:count] for part, count in parts]))
+
+
+class LocalTransport(Transport):
+    """Sends nothing: what arrives is what was sent, cut or repeated to the size that should arrive.
+
+    For one rank that is right. For several it costs what packing costs, which is how a bench times compute alone.
+    """
+
+    def _all_to_all(
+        self, send_splits: list[int], recv_splits: list[int], out: Tensor | None, prepare: Prepare | None
+    ) -> Work:
+        def work(x: Tensor) -> Tensor:
+            x = x if prepare is None else prepare(x)
+            arrived = x if self.size == 1 else _stretched(x, sum(recv_splits))
+            return arrived if out is None else out.copy_(arrived)
+
+        return work
+
+    def _all_gather(self, send: Tensor) -> Tensor:
+        return torch.stack([send] * self.size)
+
+
+def _stretched(x: Tensor, numel: int) -> Tensor:
+    """A copy of a one-dimensional tensor, cut or repeated to `numel` elements."""
+    if numel <= x.numel():
+        return x[:numel].clone()
+    return torch.cat([x] * (numel // x.numel()) + [x[: numel % x.numel()]])
+
+
+def make_transport(
+    group: dist.ProcessGroup | None, sizes: tuple[int, ...], lane: Lane, counter: ByteCounter
+) -> Transport:
+    """The transport for a group's backend; for one rank (None) one that sends nothing."""
+    if group is None:
+        return make_local_transport(group, sizes, lane, counter)
+    kinds = {"gloo": PointToPointTransport, "xccl": XcclTransport}
+    return kinds.get(dist.get_backend(group), CollectiveTransport)(group, sizes, lane, counter)
+
+
+def make_local_transport(
+    group: dist.ProcessGroup | None, sizes: tuple[int, ...], lane: Lane, counter: ByteCounter
+) -> Transport:
+    """In place of `make_transport`: nothing is sent."""
+    rank, size = (0, 1) if group is None else (group.rank(), group.size())
+    return LocalTransport(rank, size, sizes, lane, counter)

@@ -1,0 +1,144 @@
+"""Fits our parts to one pipeline: compares the ranks, makes the session, puts a sharded forward on each transformer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import fields
+from functools import partial
+from typing import Any
+
+import torch
+
+from cocodiff.blocks import BlockRow
+from cocodiff.compat import Patches, own_forward, refuse_modifications, sample_weights
+from cocodiff.config import Config, Selective
+from cocodiff.errors import ConfigError, PatchError
+from cocodiff.launch.agree import agree
+from cocodiff.launch.job import Job
+from cocodiff.models import Family, family_of
+from cocodiff.pipeline.forward import ShardedForward
+from cocodiff.pipeline.handle import Handle
+from cocodiff.pipeline.install_blocks import install_blocks
+from cocodiff.plan import ModelFacts, RunPlan
+from cocodiff.state import Session
+from cocodiff.topology import Cluster, load_cluster
+
+_log = logging.getLogger(__name__)
+
+PlanRun = Callable[[Config, Cluster, str, ModelFacts], RunPlan]
+
+
+def install(pipeline: Any, handle: Handle, plan_run: PlanRun) -> None:
+    """Put ours on every transformer of a pipeline. Collective over all ranks, more than one.
+
+    Raises:
+        ConfigError, PatchError: the pipeline or the settings cannot work; nothing is left on the pipeline.
+        MismatchError: the ranks were given different pipelines or settings.
+    """
+    job, config, family = handle.job, handle.config, family_of(type(pipeline))
+    names = [name for name in family.transformers if getattr(pipeline, name, None) is not None]
+    transformers = {name: getattr(pipeline, name) for name in names}
+    for transformer in transformers.values():
+        refuse_modifications(transformer, [])  # before weights are looked at: quantised ones have no plain values
+    cluster, handle.cluster_reason = load_cluster(config.cluster, job.hosts, job.device.type)
+    _compare(pipeline, transformers, config, cluster, job)
+    made: Session | None = None
+    forwards: dict[str, ShardedForward] = {}
+    try:
+        for name, transformer in transformers.items():
+            forward = vars(transformer).get("forward")
+            if isinstance(forward, ShardedForward):  # from_pipe: two pipelines share one transformer
+                if forward.session.config != config:
+                    raise ConfigError(
+                        "another wrapped pipeline shares this transformer, with other settings: unwrap it first."
+                    )
+                forward.users += 1
+            else:
+                made = made or Session(job, config, cluster, partial(plan_run, config, cluster, job.device.type))
+                forward = install_transformer(transformer, family, made)
+            forwards[name] = forward
+    except BaseException:
+        for forward in forwards.values():
+            release(forward)
+        raise
+    handle.forwards = forwards
+    handle.cluster = forwards[names[0]].session.cluster
+
+
+def install_transformer(transformer: Any, family: Family, session: Session) -> ShardedForward:
+    """Put our forwards on one transformer and its blocks. Collective where the session's mesh is new."""
+    parts = [module for module in transformer.modules() if hasattr(module, "processor")]
+    if any(type(part.processor).__module__.startswith("cocodiff.") for part in parts):
+        raise PatchError("this transformer is wrapped already, but its forward was replaced. unwrap it first.")
+    facts, patches, row = model_facts(family, transformer), Patches(), BlockRow(family.whole)
+    try:
+        first = session.is_new
+        plan = session.plan(facts)
+        connected = session.connect(plan)
+        if first and session.job.is_main:
+            _log.info("mesh: %s (%s)", plan.degrees, plan.degrees.reason)
+            if plan.selective is not None:
+                _say_where(plan, connected.mesh, session)
+        attentions = install_blocks(family, row, transformer, patches)
+        forward = ShardedForward(
+            session, family, facts, transformer, own_forward(transformer), row, attentions, patches
+        )  # fmt: skip
+        patches.set(transformer, "forward", forward)
+        if hasattr(transformer, "cache_context"):
+            patches.set(transformer, "cache_context", forward.announced(transformer.cache_context))
+        forward.check()
+    except BaseException:
+        patches.undo()
+        if session.users == 0:
+            session.close()
+        raise
+    session.users += 1
+    return forward
+
+
+def release(forward: ShardedForward) -> None:
+    """One wrapped pipeline lets go of a transformer; the last one takes the patches with it."""
+    if forward.users == 1:
+        forward.patches.undo()
+        forward.session.users -= 1
+        if forward.session.users == 0:
+            forward.session.close()
+    forward.users -= 1
+
+
+def model_facts(family: Family, transformer: Any) -> ModelFacts:
+    """What a plan needs to know of a transformer."""
+    attending = [module.heads for module in transformer.modules() if hasattr(module, "processor")]
+    sizes = transformer.config
+    width = sizes.num_attention_heads * sizes.attention_head_dim
+    return ModelFacts(min(attending, default=1), width, transformer.dtype.itemsize, family.long)
+
+
+def _compare(pipeline: Any, transformers: dict[str, Any], config: Config, cluster: Cluster, job: Job) -> None:
+    """Raise MismatchError unless all ranks have the same pipeline, settings and weights."""
+    assert job.host_group is not None
+    settings = {field.name: getattr(config, field.name) for field in fields(config)}
+    given: dict[str, Any] = {name: one if isinstance(one, str) else repr(one) for name, one in settings.items()}
+    given |= {"cluster": cluster.to_json(), "pipeline": type(pipeline).__name__, "device type": job.device.type}
+    for name, transformer in transformers.items():
+        given[name] = {key: repr(value) for key, value in transformer.config.items() if key[0] != "_"}
+    modules = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    given |= {f"weights of {name}": sample_weights(part) for name, part in modules.items()}
+    agree(given, job.host_group, "cocodiff.wrap")
+
+
+def _say_where(plan: RunPlan, mesh: Any, session: Session) -> None:
+    """Log where transmission is selective, or warn why it is nowhere."""
+    cluster, given = session.cluster, session.config.transmission
+    names = [level.name for level in cluster.levels]
+    if plan.coded_from is None:
+        slow = ", ".join(name for name, yes in zip(names, cluster.slow, strict=True) if yes) or "none"
+        named = given.level if isinstance(given, Selective) else None
+        why = f"no slow level (of cluster {cluster.name!r} slow: {slow}). Selective(level=...) names one all the same"
+        if named is not None:
+            why = f"nothing beyond level {names[mesh.sequence.level]!r}, which lies inside {named!r}"
+        _log.warning("transmission=%r sends everything, as exact does: these ranks cross %s.", given, why)
+        return
+    what = "keys and values alone cross" if plan.kv_only(mesh) else "Q, K, V and the output cross"
+    _log.info("transmission is selective from level %r on; %s.", names[plan.coded_from], what)

@@ -1,0 +1,5 @@
+"""Which plan a pipeline runs by. Today one rule; it is asked for a `RunPlan` in one place (`Session.plan_run`)."""
+
+from cocodiff.planner.rule import choose_degrees, outward_bytes, plan_run
+
+__all__ = ["choose_degrees", "outward_bytes", "plan_run"]

@@ -1,0 +1,57 @@
+"""Every script of benchmarks/ runs, at sizes so small that its figures mean nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import neighbours, summary
+from tests.distributed.ranks import run_ranks
+from tests.house import ROOT
+
+
+def _printed(module: str, *args: Any) -> str:
+    """What `main(*args)` of a benchmark prints on this rank."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        importlib.import_module(f"benchmarks.{module}").main(*args)
+    return out.getvalue()
+
+
+def test_summary_makes_the_tables_that_are_in_the_repository(tmp_path: Path) -> None:
+    for path in summary.RESULTS.rglob("*.json"):
+        copy = tmp_path / path.relative_to(summary.RESULTS)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+    summary.main(tmp_path)
+    for name in ("README.md", "meshes/README.md", "selective/README.md"):
+        assert (tmp_path / name).read_bytes() == (summary.RESULTS / name).read_bytes(), name
+
+
+def test_gloo_duplex_times_both_ways() -> None:
+    table, nothing = run_ranks(2, _printed, "gloo_duplex", (4000,), 2)
+    lines = table.splitlines()
+    assert len(lines) == 4 and "gloo's all_to_all" in lines[2] and "receives first" in lines[3]
+    assert all(len(line.split("|")[3].split()) == 2 for line in lines[2:])  # a rate for each repetition
+    assert nothing == ""
+
+
+def test_neighbours_compares_diffusers_and_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    neighbours.main(["flux text2image"], {"divisible": [(2, 1, 2)]})
+    document = capsys.readouterr().out
+    assert document.startswith("# ") and "    python -m benchmarks.neighbours" in document
+    row = next(line for line in document.splitlines() if line.startswith("| flux text2image | divisible | 2 | 1 x 2 |"))
+    assert row.count("right (") == 2, row
+
+
+@pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("nonsense", 2)])
+def test_sweep_says_how_it_is_used_and_runs_nothing(argument: str, status: int) -> None:
+    done = subprocess.run([ROOT / "benchmarks" / "sweep", argument], capture_output=True, text=True, timeout=10)
+    assert done.returncode == status
+    assert "Usage: benchmarks/sweep [PART ...]" in done.stdout + done.stderr and "==" not in done.stdout
