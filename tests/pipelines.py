@@ -1,4 +1,4 @@
-"""Small FLUX.1 pipelines with random weights in which every part matters, and clusters for them."""
+"""Small FLUX.1 pipelines with random weights in which every part matters."""
 
 from __future__ import annotations
 
@@ -51,12 +51,3 @@ def controlnet_pipeline() -> Any:
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def in_pieces(ranks: int | None = None) -> Any:
-    """A cluster of one slow level whose messages cost nothing to start: rows are cut, and pieces go ahead."""
-    import os
-
-    import cocodiff
-
-    return cocodiff.Cluster("test", (cocodiff.Level("link", ranks or int(os.environ["WORLD_SIZE"]), 1e-6, 1e-6),))

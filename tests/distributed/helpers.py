@@ -1,10 +1,10 @@
-"""What several test modules do with a pipeline. The places that depend on how rows are cut are all in this file."""
+"""What several test modules do with a wrapped pipeline: degrees as options, recorded plans, one exchange left out."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
-
-from cocodiff import Cluster, Level
 
 
 def degrees(mesh: tuple[int, int, int] | None) -> dict[str, int]:
@@ -12,31 +12,34 @@ def degrees(mesh: tuple[int, int, int] | None) -> dict[str, int]:
     return {} if mesh is None else dict(zip(("cfg_degree", "ring_degree", "ulysses_degree"), mesh, strict=True))
 
 
-def wrapped(
-    pipe: Any, *, mesh: tuple[int, int, int] | None, sizes: tuple[int, ...], pieces: bool, **options: Any
-) -> tuple[Any, list[int]]:
-    """The pipeline on a cluster of levels of so many ranks, its rows cut or not; and a list of how they were cut.
+@contextmanager
+def recorded_layer_plans() -> Iterator[list[Any]]:
+    """While inside, a list that grows by the `LayerPlan` of every layer that is planned in this process."""
+    from cocodiff import state
 
-    The list grows with every layer: into how many pieces its rows were cut.
-    """
-    import cocodiff
-    from cocodiff import plan
+    plans, plan_layer = [], state.plan_layer
 
-    plan.ROWS_PER_PIECE = 2  # up to four pieces also of small pictures
-    latency_us = 1e-6 if pieces else 1e9
-    cluster = Cluster("test", tuple(Level(f"level {i}", size, 1e-6, latency_us) for i, size in enumerate(sizes)))
-    cocodiff.wrap(pipe, cluster=cluster, **degrees(mesh), **options)
-    return pipe, recorded_pieces(pipe.cocodiff.engine)
+    def recording(*sizes: Any) -> Any:
+        plans.append(plan_layer(*sizes))
+        return plans[-1]
+
+    state.plan_layer = recording
+    try:
+        yield plans
+    finally:
+        state.plan_layer = plan_layer
 
 
-def recorded_pieces(engine: Any) -> list[int]:
-    """Into how many pieces each layer will have been cut."""
-    counts, plan = [], engine.plan
+def leave_out_exchange(pipe: Any, label: str) -> None:
+    """Break a wrapped pipeline on purpose: of the flat exchange, what is sent under `label` stays where it is."""
+    from cocodiff.exchange.flat import FlatExchange
+    from cocodiff.exchange.transport import make_local_transport
 
-    def recording(*size: Any) -> Any:
-        planned = plan(*size)
-        counts.append(planned[1])
-        return planned
-
-    engine.plan = recording
-    return counts
+    session = pipe.cocodiff.session
+    connected = session.connect(pipe.cocodiff.plan)
+    transport, flat = connected.ulysses, connected.exchanges["flat"]
+    local = FlatExchange(make_local_transport(transport.group, transport.sizes, transport.lane, session.bytes))
+    start = flat.start
+    flat.start = lambda send, traffic, name, out=None: (local.start if name == label else start)(
+        send, traffic, name, out
+    )

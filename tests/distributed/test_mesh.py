@@ -11,7 +11,7 @@ import pytest
 from tests.distributed.draws import ALL, LIMIT, build, draw
 from tests.distributed.helpers import degrees
 from tests.distributed.ranks import run_ranks
-from tests.pipelines import flux_call, flux_pipeline, in_pieces, relative_error
+from tests.pipelines import flux_call, flux_pipeline, relative_error
 
 NAMES = ("flux text2image", "sd35 text2image", "qwen text2image", "wan t2v")
 
@@ -23,7 +23,7 @@ def _four_heads(wrap):
     if wrap:
         cocodiff.wrap(pipe)
     latents = draw(pipe, "flux text2image", "odd")
-    return latents, str(pipe.cocodiff.mesh.degrees) if wrap else ""
+    return latents, str(pipe.cocodiff.plan.degrees) if wrap else ""
 
 
 def test_ranks_may_be_twice_the_heads():
@@ -63,21 +63,21 @@ BROKEN = ("a part is dropped", "parts are averaged", "the mask of other parts is
 
 def _broken(what, references):
     import cocodiff
-    from cocodiff import layer as flight
-    from cocodiff.layer import Flight
-    from cocodiff.state import Engine
+    from cocodiff import layer
+    from cocodiff.layer import LayerInFlight
+    from cocodiff.pipeline import cfg_parallel
 
     errors = {}
     if what == "a part is dropped":
-        flight.merge_partial = lambda one, other: one
+        layer.merge_partial = lambda one, other: one
     elif what == "parts are averaged":
-        flight.merge_partial = lambda one, other: ((one[0] + other[0]) / 2, one[1])
+        layer.merge_partial = lambda one, other: ((one[0] + other[0]) / 2, one[1])
     elif what == "the mask of other parts is dropped":
-        key_mask = Flight.key_mask
-        Flight.key_mask = lambda self, distance, *pieces: None if distance else key_mask(self, 0)
+        key_mask = LayerInFlight.key_mask
+        LayerInFlight.key_mask = lambda self, distance, *pieces: None if distance else key_mask(self, 0)
     elif what == "branches are swapped":
-        swap = Engine.swap
-        Engine.swap = lambda self, x: swap(self, x).flip(0)
+        swap = cfg_parallel.swap
+        cfg_parallel.swap = lambda *given: swap(*given).flip(0)
     for name in ("qwen text2image",) if "mask" in what else NAMES:
         pipe = cocodiff.wrap(build(name), **degrees((2, 2, 1)))
         errors[name] = relative_error(draw(pipe, name, "batch"), references(name, "batch"))
@@ -105,10 +105,10 @@ def _guidance():
     handler.emit = lambda record: heard.append(record.getMessage())
     logging.getLogger("cocodiff").addHandler(handler)
     call = flux_call("text2image") | {"true_cfg_scale": 1.0}
-    alone = flux_pipeline()(**call | {"generator": flux_call("text2image")["generator"]}).images
+    expected = flux_pipeline()(**call | {"generator": flux_call("text2image")["generator"]}).images
     pipe = cocodiff.wrap(flux_pipeline(), cfg_degree=2)
     for _ in range(2):
-        drawn = pipe(**call | {"generator": flux_call("text2image")["generator"]}).images
+        latents = pipe(**call | {"generator": flux_call("text2image")["generator"]}).images
     said = [message for message in heard if "no guidance" in message]
     attachment.family_of = lambda cls: dataclasses.replace(family_of(cls), guided=lambda pipe, call: True)
     refused = []
@@ -119,7 +119,7 @@ def _guidance():
             refused.append(str(error))
             cocodiff.unwrap(pipe)
             cocodiff.wrap(pipe, cfg_degree=2)
-    return relative_error(drawn, alone), said, refused
+    return relative_error(latents, expected), said, refused
 
 
 def test_without_guidance_halves_do_the_same_and_unpaired_calls_are_errors():
@@ -163,7 +163,7 @@ def _bad_degrees():
             cocodiff.wrap(flux_pipeline(), **given)
         except ValueError as error:
             said[str(given)] = str(error)
-    pipe = cocodiff.wrap(flux_pipeline(), ring_degree=2, cluster=in_pieces(4))
+    pipe = cocodiff.wrap(flux_pipeline(), ring_degree=2)
     pipe.transformer.set_attention_backend("_native_math")
     try:
         pipe(**flux_call("text2image"))
