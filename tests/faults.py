@@ -94,7 +94,8 @@ EXCHANGES = (
     ),
     Fault(
         "the ring passes on only its own part", "cocodiff/exchange/ring.py",
-        "source = self._transport.all_to_all(source,", "source = self._transport.all_to_all(own,", (f"{FLUX}[3]",),
+        "source = self._transport.all_to_all(source,", "source = self._transport.all_to_all(own,",
+        (f"{FLUX}[4]", f"{FLUX}[6]", f"{FLUX}[8]"),
     ),
     Fault(
         "gathered shards as long as that of rank 0", "cocodiff/exchange/collectives.py",
@@ -130,7 +131,7 @@ LAYERS = (
     Fault(
         "masks of the parts on the other side of the ring", "cocodiff/layer.py",
         "part = (self.state.part - distance) %", "part = (self.state.part + distance) %",
-        (f"{FAMILIES}[3]", f"{FAMILIES}[4]", f"{FAMILIES}[6]", f"{FAMILIES}[8]"),
+        (f"{FAMILIES}[4]", f"{FAMILIES}[6]", f"{FAMILIES}[8]"),
     ),
     Fault(
         "every piece finishes with the parallel branch of the first", "cocodiff/attention.py",
