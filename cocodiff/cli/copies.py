@@ -11,12 +11,12 @@ from cocodiff.errors import ConfigError
 
 
 def copies(
-    shapes: Annotated[str, typer.Option(help="Names of shapes, with commas.")] = "flux-dev,flux2-dev,qwen-image",
+    shapes: Annotated[str, typer.Option(help="The shapes, separated by commas.")] = "flux-dev,flux2-dev,qwen-image",
     pixels: Annotated[int, typer.Option(min=16, help="Height and width of the picture, in pixels.")] = 2304,
-    ranks: Annotated[str, typer.Option(help="Numbers of ranks, with commas.")] = "24,96",
-    cluster: Annotated[str, typer.Option(help="A preset's name or a JSON file.")] = "aurora",
-    batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 1,
-    branches: Annotated[int, typer.Option(min=1, max=2, help="2 where guidance is a call of its own.")] = 1,
+    ranks: Annotated[str, typer.Option(help="Numbers of ranks, separated by commas.")] = "24,96",
+    cluster: Annotated[str, typer.Option(help="The cluster: a preset's name, or a JSON file.")] = "aurora",
+    batch: Annotated[int, typer.Option(min=1, help="Pictures in one call.")] = 1,
+    branches: Annotated[int, typer.Option(min=1, max=2, help="2 where guidance is a forward of its own.")] = 1,
 ) -> None:
     """The held copies of each shape: GB on the rank that holds most. Nothing is run."""
     from cocodiff.bench.shapes import named_shape

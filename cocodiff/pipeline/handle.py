@@ -12,6 +12,7 @@ from cocodiff.errors import UsageError
 from cocodiff.launch.job import Job
 from cocodiff.parallel.mesh import Mesh
 from cocodiff.pipeline.forward import ShardedForward
+from cocodiff.plan import RunPlan
 from cocodiff.state import Session
 from cocodiff.topology import Cluster
 
@@ -52,11 +53,15 @@ class Handle:
         return next((forward.session for forward in self.forwards.values()), None)
 
     @property
+    def plan(self) -> RunPlan | None:
+        """How the pipeline runs: mesh, exchange, schedule, transmission; None on one rank."""
+        return next((forward.plan() for forward in self.forwards.values()), None)
+
+    @property
     def mesh(self) -> Mesh | None:
         """The axes and this rank's place on them: `print(pipe.cocodiff.mesh)`; None on one rank."""
-        for forward in self.forwards.values():
-            return forward.session.connect(forward.plan()).mesh
-        return None
+        session, plan = self.session, self.plan
+        return None if session is None or plan is None else session.connect(plan).mesh
 
     @property
     def rank(self) -> int:

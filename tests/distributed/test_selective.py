@@ -60,7 +60,7 @@ def _held_bytes(pipe, name):
     mesh, call = pipe.cocodiff.mesh, CALLS[name]
     streams = {"text": call.get("text_len", 7), "image": 9 * 7}
     branches = 1 + (call.get("guided", False) and mesh.degrees.cfg == 1)
-    layers, slow = [(7, 12)] * 2, pipe.cocodiff.engine.links.level
+    layers, slow = [(7, 12)] * 2, pipe.cocodiff.plan.coded_from
     return max(
         held_bytes(mesh.cluster, mesh.degrees, slow, rank, streams, layers, call.get("batch", 1), branches)
         for rank in range(mesh.everyone.size)
@@ -71,15 +71,14 @@ def _held(ranks, expected):
     """`check` compares the copies of both ends on all ranks after each call."""
     import cocodiff
     from cocodiff import Selective
-    from cocodiff import plan as costs
 
-    costs.ROWS_PER_PIECE = 16
     found = {}
     for index, (settings, calls) in enumerate(KINDS[ranks]):
         level = "gpu" if settings is HALVES else None  # each half is in one node
         selective = Selective(budget=1 / 32 if index else 1 / 16, level=level, check=True)
         cluster = _cluster(*NODES[ranks], 10.0 if index else 1e-6)
-        pipe = cocodiff.wrap(_pipeline(), cluster=cluster, transmission=selective, **settings)
+        pieces = 1 if index else 2
+        pipe = cocodiff.wrap(_pipeline(), cluster=cluster, transmission=selective, pieces=pieces, **settings)
         for name in calls:
             picture = pipe(**_call(**CALLS[name])).images
             report = pipe.cocodiff.report()
