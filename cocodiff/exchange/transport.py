@@ -6,31 +6,33 @@ bytes that it sends, by level of the cluster, and numbers its messages, so that 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cocodiff.exchange.lanes import Lane, Ticket
+from cocodiff.exchange.lanes import Lane, Ticket, Work
 from cocodiff.observe.bytes import ByteCounter
 from cocodiff.parallel.layout import outer_difference
 
 Prepare = Callable[[Tensor], Tensor]
 
 
-class Transport(Protocol):
+class Transport(ABC):
     """Moves elements among the ranks of one group.
 
-    Attributes:
+    Args:
         rank: this rank's place in the group, which has `size` ranks.
         sizes: ranks of the group per level of the cluster, innermost first.
+        lane: of the slowest link that the group crosses; no other lane uses this group.
     """
 
-    rank: int
-    size: int
-    sizes: tuple[int, ...]
+    def __init__(self, rank: int, size: int, sizes: tuple[int, ...], lane: Lane, counter: ByteCounter) -> None:
+        self.rank, self.size, self.sizes, self.lane, self._counter = rank, size, sizes, lane, counter
+        self._levels = [None if peer == rank else outer_difference(rank, peer, sizes) for peer in range(size)]
 
     def all_to_all(
         self,
@@ -55,59 +57,27 @@ class Transport(Protocol):
             prepare: is applied to the buffer, on the lane, before it is sent.
             exact_bytes: what an exact exchange would send to each rank, where that is more than what is sent.
         """
-
-    def all_gather(self, x: Tensor, label: str) -> Ticket:
-        """Gather a tensor of the same shape on all ranks; the ticket gives `(size, *shape)`."""
-
-
-class GroupTransport:
-    """What the transports over a process group share: a lane, and a count of bytes.
-
-    Args:
-        group: the ranks, in the order of the axis.
-        sizes: ranks of the group per level of the cluster, innermost first.
-        lane: of the slowest link that the group crosses; no other lane uses this group.
-    """
-
-    def __init__(self, group: dist.ProcessGroup, sizes: tuple[int, ...], lane: Lane, counter: ByteCounter) -> None:
-        self.group, self.sizes, self.lane, self._counter = group, sizes, lane, counter
-        self.rank, self.size = group.rank(), group.size()
-        self._levels = [
-            None if peer == self.rank else outer_difference(self.rank, peer, sizes) for peer in range(self.size)
-        ]
-
-    def all_to_all(
-        self,
-        send: Tensor | Ticket,
-        send_splits: Sequence[int],
-        recv_splits: Sequence[int],
-        dtype: torch.dtype,
-        label: str,
-        *,
-        out: Tensor | None = None,
-        prepare: Prepare | None = None,
-        exact_bytes: Sequence[int] | None = None,
-    ) -> Ticket:
         sent = [count * dtype.itemsize for count in send_splits]
         self._count(label, sent, sent if exact_bytes is None else exact_bytes)
         return self.lane.submit(self._all_to_all(list(send_splits), list(recv_splits), out, prepare), send, label)
 
     def all_gather(self, x: Tensor, label: str) -> Ticket:
+        """Gather a tensor of the same shape on all ranks; the ticket gives `(size, *shape)`."""
         # As a ring does it (gloo's and NCCL's): all shards but one go to the next rank. No algorithm sends less.
         sent = [0] * self.size
         sent[(self.rank + 1) % self.size] = (self.size - 1) * x.numel() * x.itemsize
         self._count(label, sent, sent)
         return self.lane.submit(self._all_gather, x, label)
 
+    @abstractmethod
     def _all_to_all(
         self, send_splits: list[int], recv_splits: list[int], out: Tensor | None, prepare: Prepare | None
-    ) -> Any:
-        raise NotImplementedError
+    ) -> Work:
+        """The work of an all-to-all, for the lane."""
 
+    @abstractmethod
     def _all_gather(self, send: Tensor) -> Tensor:
-        out = send.new_empty(self.size, *send.shape)
-        dist.all_gather(list(out), send, group=self.group)
-        return out
+        """The work of a gather."""
 
     def _count(self, label: str, sent: Sequence[int], exact: Sequence[int]) -> None:
         by_level, exact_by_level = [0] * len(self.sizes), [0] * len(self.sizes)
@@ -116,6 +86,19 @@ class GroupTransport:
                 by_level[level] += count
                 exact_by_level[level] += whole
         self._counter.add(label, by_level, exact_by_level)
+
+
+class GroupTransport(Transport):
+    """What the transports over a process group share. `group`: the ranks, in the order of the axis."""
+
+    def __init__(self, group: dist.ProcessGroup, sizes: tuple[int, ...], lane: Lane, counter: ByteCounter) -> None:
+        super().__init__(group.rank(), group.size(), sizes, lane, counter)
+        self.group = group
+
+    def _all_gather(self, send: Tensor) -> Tensor:
+        out = send.new_empty(self.size, *send.shape)
+        dist.all_gather(list(out), send, group=self.group)
+        return out
 
 
 class PointToPointTransport(GroupTransport):
@@ -132,7 +115,7 @@ class PointToPointTransport(GroupTransport):
 
     def _all_to_all(
         self, send_splits: list[int], recv_splits: list[int], out: Tensor | None, prepare: Prepare | None
-    ) -> Any:
+    ) -> Work:
         self._messages += 1
         return _Messages(self.group, self._messages % 2**30, send_splits, recv_splits, out, prepare)
 
@@ -180,7 +163,7 @@ class CollectiveTransport(GroupTransport):
 
     def _all_to_all(
         self, send_splits: list[int], recv_splits: list[int], out: Tensor | None, prepare: Prepare | None
-    ) -> Any:
+    ) -> Work:
         def work(send: Tensor) -> Tensor:
             send = send if prepare is None else prepare(send)
             recv = send.new_empty(sum(recv_splits)) if out is None else out
@@ -208,36 +191,24 @@ class XcclTransport(CollectiveTransport):
         return recv.copy_(torch.cat([part[:count] for part, count in parts]))
 
 
-class LocalTransport:
+class LocalTransport(Transport):
     """Sends nothing: what arrives is what was sent, cut or repeated to the size that should arrive.
 
     For one rank that is right. For several it costs what packing costs, which is how a bench times compute alone.
     """
 
-    def __init__(self, rank: int, sizes: tuple[int, ...], size: int, lane: Lane) -> None:
-        self.rank, self.size, self.sizes, self.lane = rank, size, sizes, lane
-
-    def all_to_all(
-        self,
-        send: Tensor | Ticket,
-        send_splits: Sequence[int],
-        recv_splits: Sequence[int],
-        dtype: torch.dtype,
-        label: str,
-        *,
-        out: Tensor | None = None,
-        prepare: Prepare | None = None,
-        exact_bytes: Sequence[int] | None = None,
-    ) -> Ticket:
+    def _all_to_all(
+        self, send_splits: list[int], recv_splits: list[int], out: Tensor | None, prepare: Prepare | None
+    ) -> Work:
         def work(x: Tensor) -> Tensor:
             x = x if prepare is None else prepare(x)
             arrived = x if self.size == 1 else _stretched(x, sum(recv_splits))
             return arrived if out is None else out.copy_(arrived)
 
-        return self.lane.submit(work, send, label)
+        return work
 
-    def all_gather(self, x: Tensor, label: str) -> Ticket:
-        return self.lane.submit(lambda send: torch.stack([send] * self.size), x, label)
+    def _all_gather(self, send: Tensor) -> Tensor:
+        return torch.stack([send] * self.size)
 
 
 def _stretched(x: Tensor, numel: int) -> Tensor:
@@ -260,6 +231,6 @@ def make_transport(
 def make_local_transport(
     group: dist.ProcessGroup | None, sizes: tuple[int, ...], lane: Lane, counter: ByteCounter
 ) -> Transport:
-    """In place of `make_transport`: nothing is sent, and nothing counted."""
+    """In place of `make_transport`: nothing is sent."""
     rank, size = (0, 1) if group is None else (group.rank(), group.size())
-    return LocalTransport(rank, sizes, size, lane)
+    return LocalTransport(rank, size, sizes, lane, counter)
