@@ -59,12 +59,12 @@ def replaced(*changes: tuple[type, str, Any]) -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def enter_with_keys_first(flight: LayerInFlight, piece: int, inputs: Any) -> None:
+def enter_with_keys_first(in_flight: LayerInFlight, piece: int, inputs: Any) -> None:
     """Replaces `LayerInFlight.enter`: both K and V are projected before either travels, and K travels first."""
-    flight.layer.enter(piece, flight.pieces[piece][0], inputs)
-    key, value = flight.layer.key(piece), flight.layer.value(piece)
-    flight.send("k", piece, key)
-    flight.send("v", piece, value)
+    in_flight.layer.enter(piece, in_flight.pieces[piece][0], inputs)
+    key, value = in_flight.layer.key(piece), in_flight.layer.value(piece)
+    in_flight.send("k", piece, key)
+    in_flight.send("v", piece, value)
 
 
 def without_parallel_branch() -> AbstractContextManager[None]:
@@ -85,7 +85,7 @@ def without_parallel_branch() -> AbstractContextManager[None]:
 def all_keys_first() -> AbstractContextManager[None]:
     """Let attention wait for the keys and values of all parts before it starts."""
     keys = LayerInFlight._keys
-    return replaced((LayerInFlight, "_keys", lambda flight: iter(list(keys(flight)))))
+    return replaced((LayerInFlight, "_keys", lambda in_flight: iter(list(keys(in_flight)))))
 
 
 def gloo_all_to_all(
