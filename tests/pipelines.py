@@ -1,4 +1,4 @@
-"""Small FLUX.1 pipelines with random weights in which every part matters, and clusters for them."""
+"""Small FLUX.1 pipelines with random weights in which every part matters."""
 
 from __future__ import annotations
 
@@ -51,39 +51,3 @@ def controlnet_pipeline() -> Any:
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def in_pieces(ranks: int | None = None) -> Any:
-    """A cluster of one slow level whose messages cost nothing to start: rows are cut, and pieces go ahead."""
-    import os
-
-    import cocodiff
-
-    return cocodiff.Cluster("test", (cocodiff.Level("link", ranks or int(os.environ["WORLD_SIZE"]), 1e-6, 1e-6),))
-
-
-# ranks -> level sizes; the last has three levels where the number allows
-LEVELS = {2: [(2,)], 3: [(3,)], 4: [(2, 2)], 6: [(2, 3), (3, 2)], 8: [(4, 2), (2, 2, 2)]}
-
-
-def clusters(ranks: int) -> Any:
-    """By name: one flat level, and for every staging one cluster that cuts outputs in pieces and one that does not."""
-    from cocodiff import Cluster, Level
-
-    for sizes in LEVELS[ranks]:
-        for pieces, latency_us in (("pieces", 1e-6), ("whole", 1e9)):
-            levels = tuple(Level(f"level {i}", size, 1e-6, latency_us) for i, size in enumerate(sizes))
-            yield f"{len(sizes)} levels, {pieces}", Cluster("test", levels)
-
-
-def recorded_pieces(engine: Any) -> list[int]:
-    """Into how many pieces each layer will have been cut."""
-    counts, plan = [], engine.plan
-
-    def recording(*size: Any) -> Any:
-        planned = plan(*size)
-        counts.append(planned[1])
-        return planned
-
-    engine.plan = recording
-    return counts

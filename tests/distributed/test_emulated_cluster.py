@@ -1,14 +1,17 @@
 """scripts/emulated_cluster: real hosts and slow links, taken down again whatever happens."""
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
+from typing import NamedTuple
 
+import psutil
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "emulated_cluster"
@@ -39,40 +42,56 @@ elif rank == world - 1:
 """
 
 
-def _run(*arguments, command=("sh", "-c", "echo rank $RANK of $WORLD_SIZE"), **options):
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments, "--", *command], capture_output=True, text=True, timeout=90, **options
-    )
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+    namespaces: set[str]  # that it left behind
 
 
-def _namespaces():
-    return {
-        line.split()[0] for line in subprocess.run(["ip", "netns"], capture_output=True, text=True).stdout.splitlines()
-    }
+def _run(*arguments, command=("sh", "-c", "echo rank $RANK of $WORLD_SIZE")):
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *arguments, "--", *command],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    stdout, stderr = process.communicate(timeout=200)
+    return Done(process.returncode, stdout, stderr, _namespaces(process.pid))
+
+
+def _namespaces(pid):
+    """Namespaces of one cluster: their names hold its process id. Others may run on this machine."""
+    listed = subprocess.run(["ip", "netns"], capture_output=True, text=True).stdout
+    return {line.split()[0] for line in listed.splitlines() if re.match(rf"cocodiff{pid}[a-z]", line)}
+
+
+FOUR_GPUS = (
+    "--nodes",
+    "2",
+    "--ranks-per-node",
+    "4",
+    "--ranks-per-gpu",
+    "2",
+    "--gpu-link",
+    "1gbit",
+    "--link",
+    "100mbit",
+)
 
 
 @needs_root
-def test_ranks_hosts_and_the_shape_as_json():
-    before = _namespaces()
-    shape = (
-        "--nodes",
-        "2",
-        "--ranks-per-node",
-        "4",
-        "--ranks-per-gpu",
-        "2",
-        "--gpu-link",
-        "1gbit",
-        "--link",
-        "100mbit",
-    )
-    said = (
-        "echo rank $RANK local $LOCAL_RANK of $WORLD_SIZE at $(ip -4 -o address show eth0 | tr -s ' ' | cut -d' ' -f4)"
-    )
-    done = _run(*shape, command=("sh", "-c", f'{said}; [ "$RANK" != 0 ] || cat $EMULATED_CLUSTER | tr -d "\\n"'))
+def test_every_rank_knows_its_place_and_its_hosts_address():
+    address = "$(ip -4 -o address show eth0 | tr -s ' ' | cut -d' ' -f4)"
+    done = _run(*FOUR_GPUS, command=("sh", "-c", f"echo rank $RANK local $LOCAL_RANK of $WORLD_SIZE at {address}"))
     assert done.returncode == 0, done.stderr
     for rank in range(8):
         assert f"[{rank}] rank {rank} local {rank % 2} of 8 at 10.77.0.{rank // 2 + 1}/24" in done.stdout
+    assert not done.namespaces
+
+
+@needs_root
+def test_the_shape_is_a_cluster_that_cocodiff_reads():
+    done = _run(*FOUR_GPUS, command=("sh", "-c", '[ "$RANK" != 0 ] || cat $EMULATED_CLUSTER | tr -d "\\n"'))
+    assert done.returncode == 0, done.stderr
     text = next(line for line in done.stdout.splitlines() if "emulated" in line).split("] ", 1)[1]
     levels = json.loads(text)["levels"]
     assert [(level["name"], level["size"]) for level in levels] == [("host", 2), ("gpu", 2), ("node", 2)]
@@ -81,7 +100,6 @@ def test_ranks_hosts_and_the_shape_as_json():
     from cocodiff import Cluster
 
     assert Cluster.from_json(text).resolve(8).slow == (False, True, True)
-    assert _namespaces() == before
 
 
 @needs_root
@@ -98,50 +116,62 @@ def test_the_link_is_as_slow_as_it_says(racks):
 
 @needs_root
 def test_a_failing_rank_ends_all_and_its_status_and_last_words_come_back():
-    before, began = _namespaces(), time.monotonic()
-    done = _run(command=("sh", "-c", '[ "$RANK" = 2 ] && { echo last words; exit 7; }; sleep 600'))
-    assert done.returncode == 7 and time.monotonic() - began < 60
+    done = _run(
+        "--grace-seconds", "1", command=("sh", "-c", '[ "$RANK" = 2 ] && { echo last words; exit 7; }; sleep 600')
+    )
+    assert done.returncode == 7
     assert "rank 2 ended with status 7" in done.stderr and "last words" in done.stderr
-    assert _namespaces() == before
+    assert not done.namespaces
 
 
-@needs_root
-def test_two_side_by_side_and_leftovers_of_a_killed_run():
-    before = _namespaces()
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        "--nodes",
-        "2",
-        "--ranks-per-node",
-        "1",
-        "--",
-        "sh",
-        "-c",
-        "echo up; sleep 60",
-    ]
-    killed = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert "up" in killed.stdout.readline()
-    beside = _run()
-    assert beside.returncode == 0 and "rank 3 of 4" in beside.stdout, beside.stderr
-    assert len(_namespaces()) > len(before)  # the first still runs
-    killed.kill()
-    killed.wait()
-    assert len(_namespaces()) > len(before)  # and could not clean up
-    assert _run().returncode == 0
-    assert _namespaces() == before
-
-    interrupted = subprocess.Popen(
-        command,
+@contextlib.contextmanager
+def _running():
+    """A cluster whose ranks wait, once all of them run. What is left of it is killed in the end, by process id."""
+    shape = ("--nodes", "2", "--ranks-per-node", "1")
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *shape, "--", "sh", "-c", "echo up; sleep 600"],
         stdout=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
     )
-    assert "up" in interrupted.stdout.readline()
-    interrupted.send_signal(signal.SIGINT)
-    assert interrupted.wait(30) == 130
-    assert _namespaces() == before
-    subprocess.run(["pkill", "-f", "echo up; sleep 60"])
+    family = [psutil.Process(process.pid)]
+    try:
+        assert all("up" in process.stdout.readline() for _ in range(2))
+        family += family[0].children(recursive=True)
+        yield process
+    finally:
+        process.terminate()  # it cleans up
+        process.wait(60)
+        for member in family[1:]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        process.stdout.close()
+
+
+@needs_root
+def test_two_clusters_side_by_side():
+    with _running() as first:
+        done = _run()
+        assert done.returncode == 0 and "rank 3 of 4" in done.stdout and not done.namespaces, done.stderr
+        assert _namespaces(first.pid)  # it still runs
+
+
+@needs_root
+def test_leftovers_of_a_killed_cluster_go_with_the_next_one():
+    with _running() as killed:
+        killed.kill()
+        killed.wait()
+        assert _namespaces(killed.pid)  # it could not clean up
+        assert _run().returncode == 0
+        assert not _namespaces(killed.pid)
+
+
+@needs_root
+def test_an_interrupted_cluster_cleans_up():
+    with _running() as interrupted:
+        interrupted.send_signal(signal.SIGINT)
+        assert interrupted.wait(60) == 130
+        assert not _namespaces(interrupted.pid)
 
 
 @needs_root
@@ -172,12 +202,20 @@ def test_bad_arguments_are_one_clear_line(arguments, words):
 
 
 @needs_root
-def test_no_command_no_netem_no_root():
+def test_no_command_is_said():
     assert "no command" in subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True).stderr
+
+
+@needs_root
+def test_latency_works_or_the_kernel_has_no_netem():
     done = _run("--latency-us", "100")
     assert done.returncode == 0 or "no netem" in done.stderr
+
+
+@needs_root
+def test_without_root_it_says_so():
     as_nobody = (
-        "import os, runpy, sys; from pathlib import Path; sys.argv = ['x', '--', 'true']; "
+        f"import os, runpy, sys; sys.argv = ['x', '--', 'true']; sys.path.insert(0, {str(SCRIPT.parent)!r}); "
         f"main = runpy.run_path({str(SCRIPT)!r})['main']; os.setuid(65534); sys.exit(main())"
     )
     nobody = subprocess.run([sys.executable, "-c", as_nobody], capture_output=True, text=True)

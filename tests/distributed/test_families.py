@@ -1,120 +1,44 @@
 """Whole pipelines of every other family on N ranks against one, and controls that break each on purpose."""
 
-import itertools
-
 import pytest
 
+from tests.distributed.draws import LIMIT, RANKS, build, check, draw, drawn
+from tests.distributed.helpers import leave_out_exchange
 from tests.distributed.ranks import run_ranks
-from tests.families import PIPELINES, family_call, family_pipeline
-from tests.pipelines import clusters, recorded_pieces, relative_error
-
-LIMIT = 1e-5  # relative latent error in float32, after a whole run
-CALLS = {  # odd sizes and prompts; a batch; fewer text tokens than ranks
-    "odd": dict(height=36, width=28, text_len=7),
-    "batch": dict(height=28, width=44, text_len=13, batch=2),
-    "short": dict(height=20, width=28, text_len=1),
-}
-VIDEO = {"odd": dict(height=48, width=80, text_len=7), "batch": dict(height=32, width=48, text_len=13, batch=2)}
+from tests.families import PIPELINES, family_pipeline
+from tests.pipelines import relative_error
 
 
-def _calls(name):
-    return VIDEO if name.startswith("wan") else CALLS
+@pytest.mark.parametrize("ranks", RANKS)
+def test_every_family_draws_what_one_rank_draws(ranks, references):
+    check(drawn(ranks, PIPELINES), references)
 
 
-def _draw(pipe, name, call):
-    result = pipe(**family_call(name, **_calls(name)[call]))
-    return result.frames if name.startswith("wan") else result.images
-
-
-def _references():
-    """What one rank draws without cocodiff."""
-    return {(name, call): _draw(family_pipeline(name), name, call) for name in PIPELINES for call in _calls(name)}
-
-
-@pytest.fixture(scope="module")
-def expected():
-    return run_ranks(1, _references)[0]
-
-
-def _errors(ranks, expected):
-    import cocodiff
-    from cocodiff import plan as costs
-
-    costs.ROWS_PER_PIECE = 2  # up to four pieces also of small pictures
-    variants = itertools.cycle(itertools.product(clusters(ranks), ("flat", "staged")))
-    errors, cut = {}, 0
-    for place, name in enumerate(PIPELINES):
-        for index, call in enumerate(_calls(name)):
-            if ranks < 8 and index == ranks % 3 and not name.startswith("wan"):  # each call on most numbers of ranks
-                continue
-            if ranks == 8 and index != place % len(_calls(name)):  # one call each: four ranks to a core are slow
-                continue
-            (kind, cluster), exchange = next(variants)
-            pipe = cocodiff.wrap(family_pipeline(name), exchange=exchange, cluster=cluster)
-            counts = recorded_pieces(pipe.cocodiff.engine)
-            errors[name, call, kind, exchange] = relative_error(_draw(pipe, name, call), expected[name, call])
-            assert max(counts) == 1 or kind.endswith("pieces"), (name, kind, counts)
-            cut += max(counts) > 1
-            cocodiff.unwrap(pipe)
-    assert cut >= len(errors) / 4  # where every rank has two tokens or more
-    return errors
-
-
-@pytest.mark.parametrize("ranks", [2, 3, 4, 6, 8])
-def test_every_family_draws_what_one_rank_draws(ranks, expected):
-    for errors in run_ranks(ranks, _errors, ranks, expected):
-        assert {name for name, *_ in errors} == set(PIPELINES)
-        assert max(errors.values()) < LIMIT, {key: error for key, error in errors.items() if error >= LIMIT}
-
-
-def _textbook(expected):
-    import cocodiff
-
-    errors = {}
-    for name in PIPELINES:
-        pipe = cocodiff.wrap(family_pipeline(name), schedule="sequential")
-        errors[name] = relative_error(_draw(pipe, name, "odd"), expected[name, "odd"])
-    return errors
-
-
-def test_the_textbook_order_draws_the_same(expected):
-    for errors in run_ranks(2, _textbook, expected):
-        assert max(errors.values()) < LIMIT, errors
-
-
-def _broken(expected):
+def _broken(references):
     """The keys of one exchange stay where they are."""
     import cocodiff
 
     errors = {}
     for name in PIPELINES:
-        pipe = cocodiff.wrap(family_pipeline(name), exchange="flat")
-        engine = pipe.cocodiff.engine
-        start = engine.flat.start
-
-        def local(send, traffic, label, out=None, engine=engine, start=start):
-            if label == "k":
-                numel = sum(traffic.block(source, engine.rank) for source in engine.flat.order)
-                return engine.lane(engine.mesh.ulysses).submit(lambda x: x.repeat(2)[:numel].clone(), send, label)
-            return start(send, traffic, label, out)
-
-        engine.flat.start = local
-        errors[name] = relative_error(_draw(pipe, name, "odd"), expected[name, "odd"])
+        pipe = cocodiff.wrap(build(name), exchange="flat")
+        leave_out_exchange(pipe, "k")
+        errors[name] = relative_error(draw(pipe, name, "odd"), references(name, "odd"))
     return errors
 
 
-def test_control_a_broken_exchange_is_seen_in_every_family(expected):
-    for errors in run_ranks(2, _broken, expected):
+def test_control_a_broken_exchange_is_seen_in_every_family(references):
+    references.prepare((name, "odd") for name in PIPELINES)
+    for errors in run_ranks(2, _broken, references):
         assert min(errors.values()) > 100 * LIMIT, errors
 
 
-def _broken_part(name, expected):
+def _broken_part(name, references):
     import cocodiff
     from cocodiff.models.sd3 import layers as sd3
     from cocodiff.parallel.tokens import Tokens
-    from cocodiff.pipeline import forward as door
+    from cocodiff.pipeline import forward
 
-    pipe = cocodiff.wrap(family_pipeline(name))
+    pipe = cocodiff.wrap(build(name))
     if name == "qwen text2image":  # the mask does not follow the order of the exchange
         Tokens.exchanged = lambda tokens, whole, rows: whole
     elif name == "sd35 text2image":  # the second attention adds nothing
@@ -125,15 +49,18 @@ def _broken_part(name, expected):
             return None if added is None else 0 * added
 
         sd3.DualLayer.parallel_branch = nothing
-    elif name == "wan ti2v":  # every rank gets the timesteps of the first tokens: nothing else is cut at Wan's door
-        shard = door._shard
-        door._shard = lambda value, rows, *more: shard(value, slice(0, rows.stop - rows.start), *more)
-    return relative_error(_draw(pipe, name, "batch"), expected[name, "batch"])
+    elif (
+        name == "wan ti2v"
+    ):  # every rank gets the timesteps of the first tokens: nothing else of Wan's is cut before it runs
+        shard = forward._shard
+        forward._shard = lambda value, rows, *more: shard(value, slice(0, rows.stop - rows.start), *more)
+    return relative_error(draw(pipe, name, "batch"), references(name, "batch"))
 
 
 @pytest.mark.parametrize("name", ["qwen text2image", "sd35 text2image", "wan ti2v"])
-def test_control_what_is_special_to_a_family_matters(name, expected):
-    assert min(run_ranks(2, _broken_part, name, expected)) > 100 * LIMIT
+def test_control_what_is_special_to_a_family_matters(name, references):
+    references.prepare([(name, "batch")])
+    assert min(run_ranks(2, _broken_part, name, references)) > 100 * LIMIT
 
 
 def _tiny(wrap):
@@ -141,7 +68,7 @@ def _tiny(wrap):
 
     import cocodiff
 
-    drawn = {}
+    found = {}
     for family in ("flux2", "sd3", "qwen", "wan"):
         pipe = cocodiff.tiny_pipeline(family)
         pipe.set_progress_bar_config(disable=True)
@@ -152,16 +79,16 @@ def _tiny(wrap):
             prompt="a red circle", height=64, width=64, num_inference_steps=2, output_type="np",
             generator=torch.Generator().manual_seed(3), **more,
         )  # fmt: skip
-        drawn[family] = torch.from_numpy(result.frames if family == "wan" else result.images)
-    return drawn
+        found[family] = torch.from_numpy(result.frames if family == "wan" else result.images)
+    return found
 
 
 def test_tiny_pipelines_from_a_prompt_to_pixels():
-    alone = run_ranks(1, _tiny, False)[0]
-    for drawn in run_ranks(3, _tiny, True):
-        errors = {family: relative_error(pixels, alone[family]) for family, pixels in drawn.items()}
+    one_rank = run_ranks(1, _tiny, False)[0]
+    for found in run_ranks(3, _tiny, True):
+        errors = {family: relative_error(pixels, one_rank[family]) for family, pixels in found.items()}
         assert max(errors.values()) < LIMIT, errors
-    assert all(pixels.std() > 0.01 for pixels in alone.values())
+    assert all(pixels.std() > 0.01 for pixels in one_rank.values())
 
 
 def _second_transformer_refused():

@@ -1,126 +1,49 @@
-"""cfg x ring x ulysses, in all ways to make so many ranks, against one rank; and controls that break each axis."""
+"""cfg x ring x ulysses: what is special to each axis, and controls that break it.
 
-import itertools
+That every mesh draws what one rank draws is in the covering set of `draws.py`, which test_pipeline.py and
+test_families.py draw.
+"""
+
 import logging
 
 import pytest
 
+from tests.distributed.draws import ALL, LIMIT, build, draw
+from tests.distributed.helpers import degrees
 from tests.distributed.ranks import run_ranks
-from tests.families import PIPELINES, family_call, family_pipeline
-from tests.pipelines import TASKS, clusters, flux_call, flux_pipeline, in_pieces, recorded_pieces, relative_error
+from tests.pipelines import flux_call, flux_pipeline, relative_error
 
-LIMIT = 1e-5
 NAMES = ("flux text2image", "sd35 text2image", "qwen text2image", "wan t2v")
-MESHES = {  # ranks -> cfg, ring, ulysses
-    ranks: [
-        (cfg, ring, ranks // cfg // ring)
-        for cfg, ring in itertools.product((1, 2), range(1, ranks + 1))
-        if ranks % (cfg * ring) == 0
-    ]
-    for ranks in (2, 3, 4, 6, 8)
-}
-SIZES = {"odd": dict(height=36, width=28, text_len=7), "batch": dict(height=28, width=44, text_len=13, batch=2)}
-VIDEO = {"odd": dict(height=48, width=80, text_len=7), "batch": dict(height=32, width=48, text_len=13, batch=2)}
 
 
-def _pipeline(name, heads=8):
-    return flux_pipeline(heads=heads) if name.startswith("flux ") else family_pipeline(name)
-
-
-def _draw(pipe, name, size):
-    if name.startswith("flux "):
-        return pipe(**flux_call("text2image", **SIZES[size])).images
-    result = pipe(**family_call(name, **(VIDEO if name.startswith("wan") else SIZES)[size]))
-    return result.frames if name.startswith("wan") else result.images
-
-
-def _references():
-    return {(name, size): _draw(_pipeline(name), name, size) for name in NAMES for size in SIZES}
-
-
-@pytest.fixture(scope="module")
-def expected():
-    return run_ranks(1, _references)[0]
-
-
-def _degrees(cfg, ring, ulysses):
-    return dict(cfg_degree=cfg, ring_degree=ring, ulysses_degree=ulysses)
-
-
-def _errors(ranks, expected):
-    import cocodiff
-    from cocodiff import plan as costs
-
-    costs.ROWS_PER_PIECE = 2
-    variants = itertools.cycle(itertools.product(clusters(ranks), ("flat", "staged")))
-    errors, cut = {}, 0
-    for name in NAMES:
-        for index, mesh in enumerate(MESHES[ranks]):
-            size = list(SIZES)[index % 2]
-            (kind, cluster), exchange = next(variants)
-            schedule = "sequential" if index == 4 else "v_first"
-            pipe = cocodiff.wrap(
-                _pipeline(name), cluster=cluster, exchange=exchange, schedule=schedule, **_degrees(*mesh)
-            )
-            assert str(pipe.cocodiff.mesh).startswith("cfg {} x ring {} x ulysses {}".format(*mesh))
-            counts = recorded_pieces(pipe.cocodiff.engine)
-            errors[name, size, mesh, kind, exchange] = relative_error(_draw(pipe, name, size), expected[name, size])
-            cut += max(counts, default=1) > 1 and mesh[1] > 1
-            cocodiff.unwrap(pipe)
-    assert cut or ranks == 2
-    return errors
-
-
-@pytest.mark.parametrize("ranks", sorted(MESHES))
-def test_every_mesh_draws_what_one_rank_draws(ranks, expected):
-    for errors in run_ranks(ranks, _errors, ranks, expected, timeout_seconds=400):
-        assert len(errors) == len(NAMES) * len(MESHES[ranks])
-        assert max(errors.values()) < LIMIT, {key: error for key, error in errors.items() if error >= LIMIT}
-
-
-def _more_ranks_than_heads(expected):
+def _four_heads(wrap):
     import cocodiff
 
-    pipe = cocodiff.wrap(_pipeline(NAMES[0], heads=4))
-    return str(pipe.cocodiff.mesh.degrees), relative_error(_draw(pipe, NAMES[0], "odd"), expected)
-
-
-def _four_heads():
-    return _draw(_pipeline(NAMES[0], heads=4), NAMES[0], "odd")
+    pipe = flux_pipeline(heads=4)
+    if wrap:
+        cocodiff.wrap(pipe)
+    latents = draw(pipe, "flux text2image", "odd")
+    return latents, str(pipe.cocodiff.plan.degrees) if wrap else ""
 
 
 def test_ranks_may_be_twice_the_heads():
-    expected = run_ranks(1, _four_heads)[0]
-    for degrees, error in run_ranks(8, _more_ranks_than_heads, expected):
-        assert degrees == "cfg 1 x ring 2 x ulysses 4" and error < LIMIT
+    expected, _ = run_ranks(1, _four_heads, False)[0]
+    for latents, found in run_ranks(8, _four_heads, True):
+        assert found == "cfg 1 x ring 2 x ulysses 4" and relative_error(latents, expected) < LIMIT
 
 
-def _all_alone():
-    names = [f"flux {task}" for task in TASKS] + list(PIPELINES)
-    return {name: _any_pipeline(name, lambda pipe: pipe)[0] for name in names}
-
-
-def _any_pipeline(name, wrap):
-    """What is drawn, and how often its first transformer was run here."""
-    task = name.removeprefix("flux ")
-    pipe = wrap(flux_pipeline(task) if name.startswith("flux ") else family_pipeline(name))
-    ran = []
-    pipe.transformer.proj_out.register_forward_hook(lambda *_: ran.append(1))
-    if name.startswith("flux "):
-        return pipe(**flux_call(task, **SIZES["odd"])).images, len(ran)
-    sizes = VIDEO if name.startswith("wan") else SIZES
-    result = pipe(**family_call(name, **sizes["odd"]))
-    return result.frames if name.startswith("wan") else result.images, len(ran)
-
-
-def _branches(expected):
+def _forwards(references):
+    """By pipeline: the error with cfg_degree 2, and how often its transformer ran here with cfg_degree 2 and 1."""
     import cocodiff
 
     found = {}
-    for name, alone in expected.items():
-        drawn, ran = _any_pipeline(name, lambda pipe: cocodiff.wrap(pipe, cfg_degree=2))
-        _, ran_by_all = _any_pipeline(name, cocodiff.wrap)
-        found[name] = relative_error(drawn, alone), ran, ran_by_all
+    for name in ALL:
+        pipe, ran = build(name), []
+        pipe.transformer.proj_out.register_forward_hook(lambda *_, ran=ran: ran.append(1))
+        draw(cocodiff.wrap(pipe), name, "odd")
+        ran_by_all = len(ran)
+        latents = draw(cocodiff.wrap(cocodiff.unwrap(pipe), cfg_degree=2), name, "odd")
+        found[name] = relative_error(latents, references(name, "odd")), len(ran) - ran_by_all, ran_by_all
     return found
 
 
@@ -128,9 +51,8 @@ def _branches(expected):
 TWO_CALLS = ("flux text2image", "flux kontext", "flux2 klein", "qwen", "wan")
 
 
-def test_branches_of_every_pipeline_that_has_them():
-    expected = run_ranks(1, _all_alone)[0]
-    for found in run_ranks(2, _branches, expected):
+def test_branches_of_every_pipeline_that_has_them(references):
+    for found in run_ranks(2, _forwards, references.prepare((name, "odd") for name in ALL)):
         for name, (error, ran, ran_by_all) in found.items():
             assert error < LIMIT, (name, error)
             assert ran * (2 if name.startswith(TWO_CALLS) else 1) == ran_by_all > 0, (name, ran, ran_by_all)
@@ -139,37 +61,37 @@ def test_branches_of_every_pipeline_that_has_them():
 BROKEN = ("a part is dropped", "parts are averaged", "the mask of other parts is dropped", "branches are swapped")
 
 
-def _broken(what, expected):
+def _broken(what, references):
     import cocodiff
-    from cocodiff import layer as flight
-    from cocodiff.layer import Flight
-    from cocodiff.state import Engine
+    from cocodiff import layer
+    from cocodiff.layer import LayerInFlight
+    from cocodiff.pipeline import cfg_parallel
 
     errors = {}
     if what == "a part is dropped":
-        flight.merge_partial = lambda one, other: one
+        layer.merge_partial = lambda one, other: one
     elif what == "parts are averaged":
-        flight.merge_partial = lambda one, other: ((one[0] + other[0]) / 2, one[1])
+        layer.merge_partial = lambda one, other: ((one[0] + other[0]) / 2, one[1])
     elif what == "the mask of other parts is dropped":
-        key_mask = Flight.key_mask
-        Flight.key_mask = lambda self, distance, *pieces: None if distance else key_mask(self, 0)
+        key_mask = LayerInFlight.key_mask
+        LayerInFlight.key_mask = lambda self, distance, *pieces: None if distance else key_mask(self, 0)
     elif what == "branches are swapped":
-        swap = Engine.swap
-        Engine.swap = lambda self, x: swap(self, x).flip(0)
+        swap = cfg_parallel.swap
+        cfg_parallel.swap = lambda *given: swap(*given).flip(0)
     for name in ("qwen text2image",) if "mask" in what else NAMES:
-        pipe = cocodiff.wrap(_pipeline(name), **_degrees(2, 2, 1))
-        errors[name] = relative_error(_draw(pipe, name, "batch"), expected[name, "batch"])
+        pipe = cocodiff.wrap(build(name), **degrees((2, 2, 1)))
+        errors[name] = relative_error(draw(pipe, name, "batch"), references(name, "batch"))
         cocodiff.unwrap(pipe)
     return errors
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_control_what_breaks_an_axis_is_seen(what, expected):
-    for errors in run_ranks(4, _broken, what, expected):
+def test_control_what_breaks_an_axis_is_seen(what, references):
+    for errors in run_ranks(4, _broken, what, references.prepare((name, "batch") for name in NAMES)):
         assert min(errors.values()) > 100 * LIMIT, errors
 
 
-def _guidance(caplog=None):
+def _guidance():
     """Without guidance halves do the same; a pipeline that calls otherwise than its family says is told."""
     import dataclasses
 
@@ -183,10 +105,10 @@ def _guidance(caplog=None):
     handler.emit = lambda record: heard.append(record.getMessage())
     logging.getLogger("cocodiff").addHandler(handler)
     call = flux_call("text2image") | {"true_cfg_scale": 1.0}
-    alone = flux_pipeline()(**call | {"generator": flux_call("text2image")["generator"]}).images
+    expected = flux_pipeline()(**call | {"generator": flux_call("text2image")["generator"]}).images
     pipe = cocodiff.wrap(flux_pipeline(), cfg_degree=2)
     for _ in range(2):
-        drawn = pipe(**call | {"generator": flux_call("text2image")["generator"]}).images
+        latents = pipe(**call | {"generator": flux_call("text2image")["generator"]}).images
     said = [message for message in heard if "no guidance" in message]
     attachment.family_of = lambda cls: dataclasses.replace(family_of(cls), guided=lambda pipe, call: True)
     refused = []
@@ -197,7 +119,7 @@ def _guidance(caplog=None):
             refused.append(str(error))
             cocodiff.unwrap(pipe)
             cocodiff.wrap(pipe, cfg_degree=2)
-    return relative_error(drawn, alone), said, refused
+    return relative_error(latents, expected), said, refused
 
 
 def test_without_guidance_halves_do_the_same_and_unpaired_calls_are_errors():
@@ -212,7 +134,7 @@ def _second_branch_differs():
 
     import cocodiff
 
-    pipe = cocodiff.wrap(flux_pipeline(), **_degrees(2, 1, 2))
+    pipe = cocodiff.wrap(flux_pipeline(), **degrees((2, 1, 2)))
     encode, encoded = pipe.encode_prompt, []
 
     def encode_otherwise(*args, **kwargs):
@@ -236,12 +158,12 @@ def _bad_degrees():
     import cocodiff
 
     said = {}
-    for degrees in (dict(cfg_degree=3), dict(ring_degree=3), dict(cfg_degree=2, ulysses_degree=4), dict(ring_degree=0)):
+    for given in (dict(cfg_degree=3), dict(ring_degree=3), dict(cfg_degree=2, ulysses_degree=4), dict(ring_degree=0)):
         try:
-            cocodiff.wrap(flux_pipeline(), **degrees)
+            cocodiff.wrap(flux_pipeline(), **given)
         except ValueError as error:
-            said[str(degrees)] = str(error)
-    pipe = cocodiff.wrap(flux_pipeline(), ring_degree=2, cluster=in_pieces(4))
+            said[str(given)] = str(error)
+    pipe = cocodiff.wrap(flux_pipeline(), ring_degree=2)
     pipe.transformer.set_attention_backend("_native_math")
     try:
         pipe(**flux_call("text2image"))
