@@ -9,13 +9,14 @@ link in one direction, for each of ten repetitions.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
-from cocodiff.exchange.flat import AllToAll
+from cocodiff.exchange.lanes import make_lane
+from cocodiff.exchange.transport import CollectiveTransport, PointToPointTransport
+from cocodiff.observe.bytes import ByteCounter
 
 
 def main(sizes_bytes: Sequence[int] = (2_000_000, 8_000_000), repeats: int = 10) -> None:
@@ -31,32 +32,29 @@ def main(sizes_bytes: Sequence[int] = (2_000_000, 8_000_000), repeats: int = 10)
     pairs = [dist.new_group([first, first + half]) for first in range(half)]
     if rank == 0:
         print("| a rank sends | way | Mbit/s of a node's link in one direction, sorted |\n|---|---|---|")
+    pair, lane = pairs[rank % half], make_lane("link", torch.device("cpu"))
+    ways = {
+        "gloo's all_to_all": CollectiveTransport(pair, (2,), lane, ByteCounter()),
+        "receives first": PointToPointTransport(pair, (2,), lane, ByteCounter()),
+    }
     for size in sizes_bytes:
         rates: dict[str, list[float]] = {}
-        runs = _ways(size, pairs[rank % half])
+        splits = [0, 0]
+        splits[1 - pair.rank()] = size // 4
+        send = torch.ones(sum(splits))
         for _ in range(repeats):
-            for name, run in runs.items():
+            for name, transport in ways.items():
                 dist.barrier(world)
                 began = time.perf_counter()
-                run()
+                transport.all_to_all(send, splits, splits, send.dtype, name).wait()
                 dist.barrier(world)
                 rates.setdefault(name, []).append(half * size * 8e-6 / (time.perf_counter() - began))
         if rank == 0:
             for name, found in rates.items():
                 print(f"| {size / 1e6:g} MB | {name} | {' '.join(f'{rate:.0f}' for rate in sorted(found))} |")
+    lane.close()
     dist.barrier(world)
     dist.destroy_process_group()
-
-
-def _ways(size_bytes: int, pair: dist.ProcessGroup) -> dict[str, Callable[[], object]]:
-    """The two implementations of an all-to-all in which the two ranks of `pair` exchange `size_bytes` each."""
-    splits = [0, 0]
-    splits[1 - pair.rank()] = size_bytes // 4
-    send, recv = torch.ones(sum(splits)), torch.empty(sum(splits))
-    return {
-        "gloo's all_to_all": partial(dist.all_to_all_single, recv, send, splits, splits, group=pair),
-        "receives first": lambda: AllToAll(splits, splits, pair, tag=1)(send),
-    }
 
 
 if __name__ == "__main__":

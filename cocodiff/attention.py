@@ -29,12 +29,12 @@ from cocodiff.layer import Layer, LayerInFlight
 from cocodiff.state import ForwardState
 
 
-def attention(flight: LayerInFlight, ahead: LayerInFlight | None) -> list[Any]:
+def attention(in_flight: LayerInFlight, ahead: LayerInFlight | None) -> list[Any]:
     """Run the rest of a layer whose pieces have entered: what `layer.finish` gave, in the order of rows.
 
     Each finished piece enters `ahead`, the next layer, if there is one and it is cut like this one.
     """
-    state, layer, exchange, pieces = flight.state, flight.layer, flight.exchange, flight.pieces
+    state, layer, exchange, pieces = in_flight.state, in_flight.layer, in_flight.exchange, in_flight.pieces
     rank, span = state.rank, state.span
 
     with span("q"):
@@ -58,7 +58,7 @@ def attention(flight: LayerInFlight, ahead: LayerInFlight | None) -> list[Any]:
         if ahead is not None:
             ahead.enter(piece, finished[piece])
 
-    for piece, output in enumerate(flight.attended(query_pending)):
+    for piece, output in enumerate(in_flight.attended(query_pending)):
         output_pending.append(to_sequence(exchange, output, pieces[piece][1], rank, "o"))
         if state.output_stays_inside:
             finish()
@@ -82,8 +82,8 @@ def attended_whole(state: ForwardState, layer: Layer, stream: str | None = None)
 
     A second attention of a block, over the tokens of one `stream`, runs so, too.
     """
-    flight, overlapped = LayerInFlight(state, layer, stream, whole=True), state.call.plan.schedule != "sequential"
-    rank, span, exchange, layout = state.rank, state.span, flight.exchange, flight.pieces[0][1]
+    in_flight, overlapped = LayerInFlight(state, layer, stream, whole=True), state.call.plan.schedule != "sequential"
+    rank, span, exchange, layout = state.rank, state.span, in_flight.exchange, in_flight.pieces[0][1]
     projections: dict[str, Callable[[], Tensor]] = {
         "v": partial(layer.value, 0),
         "k": partial(layer.key, 0),
@@ -96,11 +96,11 @@ def attended_whole(state: ForwardState, layer: Layer, stream: str | None = None)
         if label == "q":
             queries.append(to_heads(exchange, x, layout, rank, label))
         else:
-            flight.send(label, 0, x)
+            in_flight.send(label, 0, x)
         if not overlapped:
             with span(f"wait {label}"):
-                sent = queries if label == "q" else flight.pending[label, len(flight.parts) - 1]
+                sent = queries if label == "q" else in_flight.pending[label, len(in_flight.parts) - 1]
                 sent[0].ticket.wait()
-    (output,) = flight.attended(queries)
+    (output,) = in_flight.attended(queries)
     with span("wait o"):
         return to_sequence(exchange, output, layout, rank, "o").wait()

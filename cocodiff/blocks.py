@@ -93,13 +93,13 @@ class RowForward:
         self._whole = {}  # the first block has cut them
         if state.call.plan.schedule == "sequential":
             return _returned(joined(sequential(state, self._layer(block, arguments), inputs)))
-        flight = self._take(index, [*inputs, *arguments.values()])
-        if flight is None:
-            flight = LayerInFlight(state, self._layer(block, arguments))
-            for piece, (rows, _) in enumerate(flight.pieces):
-                flight.enter(piece, _cut(inputs, rows))
-        ahead = self._next(index, flight, arguments)
-        outputs = joined(attention(flight, ahead))
+        in_flight = self._take(index, [*inputs, *arguments.values()])
+        if in_flight is None:
+            in_flight = LayerInFlight(state, self._layer(block, arguments))
+            for piece, (rows, _) in enumerate(in_flight.pieces):
+                in_flight.enter(piece, _cut(inputs, rows))
+        ahead = self._next(index, in_flight, arguments)
+        outputs = joined(attention(in_flight, ahead))
         if ahead is not None:
             self._handed = index + 1, [*outputs, *arguments.values()], ahead
         return _returned(outputs)
@@ -122,17 +122,17 @@ class RowForward:
         handed, self._handed = self._handed, None
         if handed is None:
             return None
-        expected, before, flight = handed
+        expected, before, in_flight = handed
         same = index == expected and len(before) == len(arguments)
         if same and all(a is b for a, b in zip(before, arguments, strict=True)):
-            return flight
+            return in_flight
         self._go_ahead = False
-        flight.drop()
+        in_flight.drop()
         return None
 
-    def _next(self, index: int, flight: LayerInFlight, arguments: Mapping[str, Any]) -> LayerInFlight | None:
+    def _next(self, index: int, in_flight: LayerInFlight, arguments: Mapping[str, Any]) -> LayerInFlight | None:
         """The next block's layer, where pieces can go ahead into it."""
-        if not self._go_ahead or len(flight.pieces) == 1 or index + 1 == len(self._blocks):
+        if not self._go_ahead or len(in_flight.pieces) == 1 or index + 1 == len(self._blocks):
             return None
         this, block = self._blocks[index : index + 2]
         if block.streams != this.streams or block.signature.parameters.keys() != this.signature.parameters.keys():
@@ -140,7 +140,7 @@ class RowForward:
         if acts_when_called(block.module):
             return None
         ahead = LayerInFlight(self._state, self._layer(block, arguments))
-        return ahead if ahead.pieces == flight.pieces else None
+        return ahead if ahead.pieces == in_flight.pieces else None
 
 
 def _cut(streams: Sequence[Tensor], rows: slice) -> tuple[Tensor, ...]:

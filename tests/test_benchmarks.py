@@ -13,14 +13,15 @@ from typing import Any
 import pytest
 
 from benchmarks import neighbours, summary
+from cocodiff.models.shapes import Shape
 from tests.distributed.ranks import run_ranks
 from tests.house import ROOT
 
 
-def _printed(module: str, *args: Any) -> str:
-    """What `main(*args)` of a benchmark prints on this rank."""
+def _printed(module: str, args: tuple[Any, ...], options: dict[str, Any]) -> str:
+    """What `main` of a benchmark prints on this rank."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        importlib.import_module(f"benchmarks.{module}").main(*args)
+        importlib.import_module(f"benchmarks.{module}").main(*args, **options)
     return out.getvalue()
 
 
@@ -35,10 +36,20 @@ def test_summary_makes_the_tables_that_are_in_the_repository(tmp_path: Path) -> 
 
 
 def test_gloo_duplex_times_both_ways() -> None:
-    table, nothing = run_ranks(2, _printed, "gloo_duplex", (4000,), 2)
+    table, nothing = run_ranks(2, _printed, "gloo_duplex", ((4000,), 2), {})
     lines = table.splitlines()
     assert len(lines) == 4 and "gloo's all_to_all" in lines[2] and "receives first" in lines[3]
     assert all(len(line.split("|")[3].split()) == 2 for line in lines[2:])  # a rate for each repetition
+    assert nothing == ""
+
+
+@pytest.mark.parametrize("ring_degree", [1, 2])
+def test_ablation_switches_each_mechanism_off_and_draws_the_same(ring_degree: int) -> None:
+    shape = Shape("small", "flux", 1, 2, heads=4, head_dim=16, text=32, image=64)
+    table, nothing = run_ranks(2, _printed, "ablation", (1, ring_degree), {"shape": shape, "pieces": 2})
+    rows = {cells[1].strip(): cells[-2].strip() for cells in (line.split("|") for line in table.splitlines()[2:])}
+    assert len(rows) == (9 if ring_degree == 1 else 7) and rows.pop("compute") == ""
+    assert all(float(difference) < 1e-5 for difference in rows.values()), rows
     assert nothing == ""
 
 

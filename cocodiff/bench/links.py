@@ -59,7 +59,7 @@ def busiest_links(sent: list[list[int]], sizes: tuple[int, ...]) -> list[int]:
 
 
 def connect_all(job: Job, cluster: str) -> tuple[Session, ConnectedMesh]:
-    """A session over all ranks, with one ulysses axis of them all; whoever asked closes it. Collective."""
+    """Return a session over all ranks with one ulysses axis for all of them; the caller closes it. Collective."""
     shape, _ = load_cluster(cluster, job.hosts, job.device.type)
     plan = RunPlan(Degrees(1, 1, job.world_size))
     session = Session(replace(job, shared=True), Config(cluster=cluster), shape, lambda model: plan)
@@ -67,10 +67,10 @@ def connect_all(job: Job, cluster: str) -> tuple[Session, ConnectedMesh]:
 
 
 def goodput(connected: ConnectedMesh, level: int, device: torch.device) -> float:
-    """MEASURED bytes per second out of one part of this level, all parts at once, to all others evenly.
+    """Return the MEASURED bytes per second out of one part of a level, while each part sends to all others evenly.
 
-    Two sizes are sent, one twice the other, and the difference counts, so that neither a bucket's burst nor latency is
-    in it. Median of three. Collective.
+    Two sizes are sent, one twice the other, and the rate is that of the difference, so that it contains neither the
+    burst of a token bucket nor latency. Median of three. Collective.
     """
     transport, sizes, host_group = connected.levels[level], connected.mesh.cluster.sizes, connected.mesh.host_group
     peers, together = sizes[level] - 1, inner_ranks(sizes, level)

@@ -95,7 +95,7 @@ def make_method(
     if name != "ulysses":
         transmission = Selective.v_major() if name == "v_major" else name
         config = Config.of(None, {"cluster": cluster, "transmission": transmission, **degrees})
-    return _ours(name, config, _copy(model), shape, job, guided)
+    return our_method(name, config, model, shape, job, guided)
 
 
 def _step(model: Any, shape: Shape, job: Job, guided: bool) -> Callable[[], Tensor]:
@@ -119,25 +119,32 @@ def _step(model: Any, shape: Shape, job: Job, guided: bool) -> Callable[[], Tens
     return step
 
 
-def _ours(
+def our_method(
     name: str,
     config: Config,
-    model: Any,
+    model: torch.nn.Module,
     shape: Shape,
     job: Job,
-    guided: bool,
+    guided: bool = False,
     transport: TransportMaker = make_transport,
 ) -> Method:
+    """Wrap a copy of the model by a config. Collective.
+
+    Args:
+        guided: a step computes two branches.
+        transport: makes the transport of each group.
+    """
     cluster, _ = load_cluster(config.cluster, job.hosts, job.device.type)
     family = family_named(shape.family)
     choose = partial(plan_run, config, cluster, job.device.type)
     session = Session(replace(job, shared=True), config, cluster, choose, transport)
-    forward = install_transformer(model.to(job.device), family, session)
+    copied = _copy(model).to(job.device)
+    forward = install_transformer(copied, family, session)
     run = None if forward.plan().coded_from is None else RUN
     times = None if run is None else lambda: [float(RUN - step) for step in range(RUN)]
     batched = bool(family.batched)
     around = partial(call_running, [forward], guided and not batched, batched, times)
-    return Method(name, _step(model, shape, job, guided), forward, around=around, run=run)
+    return Method(name, _step(copied, shape, job, guided), forward, around=around, run=run)
 
 
 def _diffusers(model: Any, shape: Shape, job: Job, guided: bool) -> Method:
@@ -176,7 +183,7 @@ def _one_accelerator() -> Iterator[None]:
 def compute_method(model: Any, shape: Shape, job: Job, cluster: str, guided: bool = False) -> Method:
     """What all ranks compute together when exchanges cost a copy: `ulysses` with nothing sent."""
     config = Config(exchange="flat", schedule="sequential", cluster=cluster, ulysses_degree=job.world_size)
-    return _ours("compute", config, _copy(model), shape, job, guided, make_local_transport)
+    return our_method("compute", config, model, shape, job, guided, make_local_transport)
 
 
 def synchronize(job: Job) -> None:

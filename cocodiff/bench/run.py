@@ -84,7 +84,7 @@ def run_bench(
         for name in order[round_index % len(order) :] + order[: round_index % len(order)]:
             record = running[name]
             assert record.method is not None
-            record.seconds.append(_time(record.method, steps, job)[0])
+            record.seconds.append(time_steps(record.method, steps, job)[0])
         say(f"round {round_index + 1} of {repeat}")
     where, rates = None, {}
     if job.world_size > 1:
@@ -95,7 +95,7 @@ def run_bench(
         for name, record in running.items():
             if record.method is not None and record.method.forward is not None and name != COMPUTE:
                 with record.method.forward.session.recording() as timeline:
-                    _time(record.method, 1, job)
+                    time_steps(record.method, 1, job)
                 write_trace(timeline, trace / name, job.rank)
     return _result(shape, records, job, where, rates, steps, 2 if guided else 1)
 
@@ -107,7 +107,7 @@ def _warmed_up(make: Callable[[], Method], job: Job) -> Record:
         record.method = make()
         with torch.no_grad():
             if record.method.run is None:
-                _time(record.method, 1, job)
+                time_steps(record.method, 1, job)
             _count(record, record.method, job)
     except Exception as error:
         record.error = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -132,7 +132,7 @@ def _count(record: Record, method: Method, job: Job) -> None:
     synchronize(job)
     before = interface_bytes()
     with recording as timeline:
-        _, record.output = _time(method, 1, job, counted)
+        _, record.output = time_steps(method, 1, job, counted)
     after = interface_bytes()
     record.crossed = None if before is None or after is None else (after - before) // steps
     record.sent = counts or None
@@ -140,7 +140,7 @@ def _count(record: Record, method: Method, job: Job) -> None:
         record.coding = sum(span.seconds for span in timeline.spans() if span.lane in CODING_LANES) / steps
 
 
-def _time(
+def time_steps(
     method: Method, steps: int, job: Job, after: Callable[[], None] = lambda: None
 ) -> tuple[float, Tensor | None]:
     """Seconds a step of the slowest rank, and the last output of this one. A method that has runs runs a whole one.

@@ -45,8 +45,12 @@ class ConnectedMesh:
     ) -> ConnectedMesh:
         """Make all transports. `lane` gives the lane of a level of the cluster."""
 
+        made: dict[tuple[int, ...], Transport] = {}  # axes of the same ranks share a group, and so its transport
+
         def of(axis: Axis) -> Transport:
-            return make(axis.group, axis.cluster.sizes, lane(axis.level), counter)
+            if axis.ranks not in made:
+                made[axis.ranks] = make(axis.group, axis.cluster.sizes, lane(axis.level), counter)
+            return made[axis.ranks]
 
         sizes = mesh.ulysses.cluster.sizes
         levels = {

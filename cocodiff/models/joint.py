@@ -73,7 +73,7 @@ class JointLayer:
         lengths: this rank's rows of each stream.
         mods: of each stream.
         itemsize: bytes of an element.
-        context: what `finish` of the streams gets besides.
+        context: more arguments of the streams' `finish`.
         rotary, mask: as in `BlockSpec`.
     """
 

@@ -36,7 +36,7 @@ def tiny_pipeline(family: str = "flux", task: str | None = None, dtype: torch.dt
 
     Args:
         family: "flux", "flux2", "sd3", "qwen" or "wan".
-        task: "text2image", "inpaint" or "img2img" ("text2image" alone for flux2); "text2video" or "image2video" for
+        task: "text2image", "inpaint" or "img2img" (only "text2image" for flux2); "text2video" or "image2video" for
             wan. None means the first of them.
         dtype: of all models; None means torch.float32.
 

@@ -74,7 +74,7 @@ class BlockSpec:
         processors: attention module of a block -> the processors whose work the stages do.
         inputs: arguments of its forward that hold tokens, in joint order; it returns the same.
         arguments: its other arguments, as far as the stages know them.
-        streams: in joint order. All inputs are one stream where there is one alone.
+        streams: in joint order. Where there is one stream, all inputs are joined to it.
         layer: the class of `cocodiff.models.joint` (or a family's own) that runs the stages.
         attention: the attention module that is exchanged.
         local: attention modules that stay diffusers' own.
@@ -132,6 +132,16 @@ def gated(
     gate, shift, scale, gate_ff = mods[2:6]
     x = residual + gate * attended
     return x + gate_ff * feed_forward(norm(x) * (1 + scale) + shift)
+
+
+def finish_text(block: Any, mods: Mods, residual: Tensor, attended: Tensor) -> Tensor:
+    """`finish` of text in double blocks with diffusers' usual names."""
+    return clipped(gated(mods, residual, block.attn.to_add_out(attended), block.norm2_context, block.ff_context))
+
+
+def finish_image(block: Any, mods: Mods, residual: Tensor, attended: Tensor) -> Tensor:
+    """`finish` of the image in double blocks with diffusers' usual names."""
+    return gated(mods, residual, to_out(block.attn, attended), block.norm2, block.ff)
 
 
 def to_out(attn: Any, attended: Tensor) -> Tensor:

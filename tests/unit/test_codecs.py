@@ -72,14 +72,23 @@ def test_rows_below_a_bit_an_element_are_those_with_the_largest_residuals():
     assert masks == [[8, 0, 0, 0, 0], [0, 4, 0, 0, 0]], "row 3 of one block, row 10 of the other"
 
 
+def test_where_nothing_travels_the_copy_keeps_its_time_so_that_prediction_reaches_further():
+    codec = ResidualCodec(Copies())
+    errors = _played(codec, [Coding(8), Coding(8), *[Coding(1, 0.0)] * 3, Coding(8)])
+    assert errors[4] > 2 * errors[2] and errors[5] < errors[2] / 10, "nothing travels: what is held stays as it was"
+    codec.encode(_parcel("send", Coding(1, 0.0), 9), _rows(9))
+    assert codec.copies.get(_parcel("send", Coding(8), 0).key).time == 5
+
+
 def test_v_major_sends_whole_rows_chosen_by_v_for_all_peers_and_for_k():
     codec = make_codec(Selective.v_major(), Copies())
     whole, some = Coding(RAW), Coding(RAW, 1 / 40)
     _played(codec, [whole], "vk")
     value, key = _rows(0), _rows(0) + 1.0
-    value[7], value[47] = 9.0, 9.0  # row 7 of both blocks, which are the same tokens
+    value[7], value[49] = 9.0, 3.0  # the blocks are the same tokens for two peers: row 7 of both changes most in sum
     for label, rows in (("v", value), ("k", key)):
-        payload, _ = codec.encode(_parcel("send", some, 1, label), rows)
+        payload, norms = codec.encode(_parcel("send", some, 1, label), rows)
         received = codec.decode(_parcel("receive", some, 1, label), payload, torch.float32)
-        fresh = (received == rows).all(1).nonzero().flatten().tolist()
-        assert fresh == [7, 47], label
+        assert (received == rows).all(1).nonzero().flatten().tolist() == [7, 47], label
+        assert norms[0].item() == pytest.approx((received - rows).square().sum().item(), rel=1e-5)
+    assert codec.encode(_parcel("send", whole, 2, "k"), key)[1][0] == 0, "rows travel as they are"

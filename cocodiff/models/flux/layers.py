@@ -18,10 +18,10 @@ from cocodiff.models.stages import (
     StreamSpec,
     adaptive_mods,
     clipped,
-    gated,
+    finish_image,
+    finish_text,
     modulated,
     norm_added_heads,
-    to_out,
 )
 
 
@@ -33,21 +33,12 @@ def text_modulate(block: Any, mods: Mods, x: Tensor) -> Tensor:
     return modulated(block.norm1_context.norm(x), mods)
 
 
-def text_finish(block: Any, mods: Mods, residual: Tensor, attended: Tensor) -> Tensor:
-    out = block.attn.to_add_out(attended)
-    return clipped(gated(mods, residual, out, block.norm2_context, block.ff_context))
-
-
 def image_modulation(block: Any, arguments: Arguments) -> Mods:
     return adaptive_mods(block.norm1, arguments["temb"], 6)
 
 
 def image_modulate(block: Any, mods: Mods, x: Tensor) -> Tensor:
     return modulated(block.norm1.norm(x), mods)
-
-
-def image_finish(block: Any, mods: Mods, residual: Tensor, attended: Tensor) -> Tensor:
-    return gated(mods, residual, to_out(block.attn, attended), block.norm2, block.ff)
 
 
 def single_modulation(block: Any, arguments: Arguments) -> Mods:
@@ -75,8 +66,8 @@ DOUBLE = BlockSpec(
     inputs=INPUTS,
     arguments=ARGUMENTS,
     streams=(
-        StreamSpec(text_modulation, text_modulate, text_finish, added_projections, norm_added_heads),
-        StreamSpec(image_modulation, image_modulate, image_finish),
+        StreamSpec(text_modulation, text_modulate, finish_text, added_projections, norm_added_heads),
+        StreamSpec(image_modulation, image_modulate, finish_image),
     ),
     layer=JointLayer,
 )

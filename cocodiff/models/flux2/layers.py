@@ -18,10 +18,10 @@ from cocodiff.models.stages import (
     Mods,
     StreamSpec,
     clipped,
-    gated,
+    finish_image,
+    finish_text,
     modulated,
     norm_added_heads,
-    to_out,
 )
 
 
@@ -33,21 +33,12 @@ def text_modulate(block: Any, mods: Mods, x: Tensor) -> Tensor:
     return modulated(block.norm1_context(x), mods)
 
 
-def text_finish(block: Any, mods: Mods, residual: Tensor, attended: Tensor) -> Tensor:
-    out = block.attn.to_add_out(attended)
-    return clipped(gated(mods, residual, out, block.norm2_context, block.ff_context))
-
-
 def image_modulation(block: Any, arguments: Arguments) -> Mods:
     return _chunked(arguments["temb_mod_img"], 6)
 
 
 def image_modulate(block: Any, mods: Mods, x: Tensor) -> Tensor:
     return modulated(block.norm1(x), mods)
-
-
-def image_finish(block: Any, mods: Mods, residual: Tensor, attended: Tensor) -> Tensor:
-    return gated(mods, residual, to_out(block.attn, attended), block.norm2, block.ff)
 
 
 def single_modulation(block: Any, arguments: Arguments) -> Mods:
@@ -82,8 +73,8 @@ DOUBLE = BlockSpec(
     inputs=("encoder_hidden_states", "hidden_states"),
     arguments=("temb_mod_img", "temb_mod_txt", "image_rotary_emb", "joint_attention_kwargs"),
     streams=(
-        StreamSpec(text_modulation, text_modulate, text_finish, added_projections, norm_added_heads),
-        StreamSpec(image_modulation, image_modulate, image_finish),
+        StreamSpec(text_modulation, text_modulate, finish_text, added_projections, norm_added_heads),
+        StreamSpec(image_modulation, image_modulate, finish_image),
     ),
     layer=JointLayer,
     like="temb_mod_img",

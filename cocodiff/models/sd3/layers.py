@@ -1,7 +1,7 @@
 """SD3's blocks: text and image with weights of their own, no rotation; some of SD3.5's attend to the image twice.
 
 The arithmetic is that of diffusers' forwards (0.42), cut where exchanges begin and end. The second attention, over the
-image alone, needs nothing of the first: it is a parallel branch. The last block drops its text after attention.
+image only, needs nothing of the first: it is a parallel branch. The last block drops its text after attention.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from cocodiff.models.stages import (
     Mods,
     StreamSpec,
     adaptive_mods,
+    finish_image,
     gated,
     modulated,
     norm_added_heads,
@@ -54,10 +55,6 @@ def image_modulate(block: Any, mods: Mods, x: Tensor) -> Tensor:
     return modulated(block.norm1.norm(x), mods)
 
 
-def image_finish(block: Any, mods: Mods, residual: Tensor, attended: Tensor) -> Tensor:
-    return gated(mods, residual, to_out(block.attn, attended), block.norm2, block.ff)
-
-
 def second_modulate(block: Any, mods: Mods, x: Tensor) -> Tensor:
     return modulated(block.norm1.norm(x), mods[6:])
 
@@ -68,7 +65,7 @@ def second_finish(block: Any, mods: Mods, residual: Tensor, attended: Tensor) ->
 
 
 class DualLayer(JointLayer):
-    """A block that may have a second attention, over the image alone."""
+    """A block that may have a second attention, over the image only."""
 
     def parallel_branch(self, state: Any) -> Tensor | None:
         """The second attention's gated output; zero for text, so that it has the rows of the block. Collective."""
@@ -95,7 +92,7 @@ JOINT = BlockSpec(
     arguments=("temb", "joint_attention_kwargs"),
     streams=(
         StreamSpec(text_modulation, text_modulate, text_finish, added_projections, norm_added_heads),
-        StreamSpec(image_modulation, image_modulate, image_finish),
+        StreamSpec(image_modulation, image_modulate, finish_image),
     ),
     layer=DualLayer,
 )
