@@ -99,14 +99,23 @@ def _spanned(marks, spans):
     return result
 
 
+def _made(marks):
+    """The first three projections, in the order in which they are made."""
+    return [label for kind, lane, label in marks if (kind, lane) == ("begin", "compute") and label in ("q", "k", "v")][
+        :3
+    ]
+
+
 def test_v_first_overlaps():
     for marks in run_ranks(2, _record, "v_first"):
         assert all(_spanned(marks, SPANS["v_first"]).values()), marks
+        assert _made(marks)[0] == "v"
 
 
 def test_sequential_does_not():
     for marks in run_ranks(2, _record, "sequential"):
         assert not any(_spanned(marks, SPANS["sequential"]).values()), marks
+        assert _made(marks) == ["q", "k", "v"]
 
 
 @pytest.mark.parametrize("fails", [False, True])
