@@ -126,9 +126,11 @@ class References:
 
 
 def _kind(row: dict[str, Any]) -> str:
+    """What a mesh does, whatever its size: a ring of three passes on what it has received, one of two does not."""
     if row["mesh"] is None:
         return "chosen"
-    return " x ".join(name for name, size in zip(("cfg", "ring", "ulysses"), row["mesh"], strict=True) if size > 1)
+    cfg, ring, ulysses = row["mesh"]
+    return f"cfg {cfg} x ring {min(ring, 3)} x ulysses {min(ulysses, 2)}"
 
 
 def _allowed(row: dict[str, Any]) -> bool:

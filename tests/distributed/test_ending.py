@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.ranks import free_port, run_programs, torchrun_variables
-from tests.pipelines import flux_call, flux_pipeline
+from tests.distributed.ranks import free_port, run_programs, run_ranks, torchrun_variables
+from tests.pipelines import flux_call, flux_pipeline, relative_error
 
 GRACE_SECONDS = 1.0
 # A guard that ended a healthy rank would do so within the grace and twice the second after which it looks again.
@@ -32,7 +32,7 @@ def environs(launcher):
     return torchrun_variables(2)
 
 
-def _join(backend=None):
+def _join(backend=None, grace_seconds=GRACE_SECONDS):
     import torch
 
     from cocodiff.launch import Guard, choose_backend, discover, join, local_device
@@ -41,7 +41,7 @@ def _join(backend=None):
     ranks = discover(os.environ)
     device = local_device("cpu", ranks)
     join(ranks, backend or choose_backend(device.type)[0], device)
-    return ranks, Guard(dist.distributed_c10d._get_default_store(), ranks.rank, ranks.world_size, GRACE_SECONDS)
+    return ranks, Guard(dist.distributed_c10d._get_default_store(), ranks.rank, ranks.world_size, grace_seconds)
 
 
 def _total(ranks):
@@ -106,6 +106,23 @@ def test_one_failing_rank_ends_all(launcher, failing, waiting):
     if waiting is _in_no_collective:  # in a collective the broken connection may end the other rank first
         assert f"rank {1 - failing} ends: it still waits 1 s after it heard: rank {failing} failed in" in output
         assert output.count("cocodiff: rank") == 1
+
+
+def _goes_on_within_the_grace():
+    """Rank 1 reads of a failure again and again, and then fails alike."""
+    ranks, guard = _join(grace_seconds=100.0)
+    try:
+        with guard.watch("generation"):
+            _total(ranks)
+            time.sleep(LONGER_THAN_THE_GRACE * ranks.rank)
+            raise ValueError("the same on every rank")
+    except ValueError:
+        pass
+
+
+def test_a_rank_may_go_on_for_as_long_as_the_grace():
+    statuses, output = run_programs(environs("torchrun"), _goes_on_within_the_grace)
+    assert statuses == [0, 0] and "cocodiff: rank" not in output, output
 
 
 def _rank_0_ends_first():
@@ -217,6 +234,24 @@ def _joins_again():
 def test_joins_again_after_the_group_was_destroyed():
     statuses, output = run_programs(environs("torchrun"), _joins_again)
     assert statuses == [0, 0] and len(re.findall("total 3", output)) == 4, output
+
+
+def _group_of_the_script():
+    import torch
+
+    import cocodiff
+
+    torch.distributed.init_process_group("gloo")
+    group, pipe = torch.distributed.group.WORLD, flux_pipeline()
+    expected = pipe(**flux_call("text2image")).images
+    error = relative_error(cocodiff.wrap(pipe)(**flux_call("text2image")).images, expected)
+    cocodiff.unwrap(pipe)
+    return error, torch.distributed.group.WORLD is group and torch.distributed.is_initialized()
+
+
+def test_a_process_group_of_the_script_is_used_and_left_as_it_was():
+    for error, is_there in run_ranks(2, _group_of_the_script):
+        assert error < 1e-5 and is_there
 
 
 @pytest.mark.mpi

@@ -3,21 +3,27 @@
 import pytest
 import torch
 
+from tests.distributed.draws import build, draw
 from tests.distributed.ranks import run_ranks
 from tests.pipelines import controlnet_pipeline, flux_call, flux_pipeline, relative_error
 
 LIMIT = 1e-5
 
 
-def _add_lora(pipe):
+def _add_lora(pipe, *targets):
     from peft import LoraConfig
 
-    targets = ["to_q", "to_k", "to_v", "to_out.0", "add_v_proj", "proj_mlp", "proj_out"]
+    targets = list(targets or ("to_q", "to_k", "to_v", "to_out.0", "add_v_proj", "proj_mlp", "proj_out"))
     pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False), "style")
     generator = torch.Generator().manual_seed(5)
     for name, parameter in pipe.transformer.named_parameters():
         if "lora" in name:
             parameter.data.normal_(std=0.2, generator=generator)
+
+
+def _add_lora_to_one_matrix(pipe):
+    """FLUX.2's single blocks make Q, K, V and the MLP's input with one matrix, of which cocodiff takes rows apart."""
+    _add_lora(pipe, "to_qkv_mlp_proj")
 
 
 def _fuse(pipe):
@@ -44,6 +50,7 @@ def _backend(pipe):
 
 ADDITIONS = {
     "lora": _add_lora,
+    "lora on one matrix": _add_lora_to_one_matrix,
     "fused": _fuse,
     "offload": _offload,
     "group offload": _group_offload,
@@ -56,16 +63,21 @@ def _with(name):
     import cocodiff
 
     add = ADDITIONS[name]
-    plain = flux_pipeline()(**flux_call("text2image")).images
-    alone = flux_pipeline()
-    add(alone)
-    reference = alone(**flux_call("text2image")).images
-    before = flux_pipeline()
+    pipeline = "flux2 text2image" if name == "lora on one matrix" else "flux text2image"
+
+    def drawn(pipe):
+        return draw(pipe, pipeline, "odd")
+
+    expected = build(pipeline)
+    plain = drawn(expected)
+    add(expected)
+    reference = drawn(expected)
+    before = build(pipeline)
     add(before)
     cocodiff.wrap(before, pieces=4)
-    after = cocodiff.wrap(flux_pipeline(), pieces=4)
+    after = cocodiff.wrap(build(pipeline), pieces=4)
     add(after)
-    errors = [relative_error(pipe(**flux_call("text2image")).images, reference) for pipe in (before, after)]
+    errors = [relative_error(drawn(pipe), reference) for pipe in (before, after)]
     return errors, relative_error(plain, reference)
 
 

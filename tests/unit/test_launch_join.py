@@ -66,7 +66,7 @@ def fake_devices(monkeypatch: pytest.MonkeyPatch, count: int) -> list[int]:
 )
 def test_local_device_follows_the_local_rank(requested, local_rank, count, index, monkeypatch):
     chosen = fake_devices(monkeypatch, count)
-    device = local_device(requested, Ranks(local_rank, local_rank, 8, 8, "pmi"))
+    device = local_device(requested, Ranks(8 + local_rank, local_rank, 16, 8, "pmi"))
     assert device == torch.device(requested.split(":")[0], index)
     assert chosen == [index]
 

@@ -1,0 +1,271 @@
+"""Single-line faults for the mutation check (`tests.mutations`), each with the tests that should see it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Fault(NamedTuple):
+    """One line of a file and what stands there instead. `tests` are arguments of pytest.
+
+    The line is a part of the file that occurs in it once; it need not be the whole line.
+    """
+
+    name: str
+    file: str
+    line: str
+    faulty: str
+    tests: tuple[str, ...]
+
+
+UNIT, DISTRIBUTED = "tests/unit", "tests/distributed"
+LAYOUT, MESH = f"{UNIT}/test_layout.py", f"{UNIT}/test_mesh.py"
+EXCHANGE = f"{DISTRIBUTED}/test_exchange.py::test_exchanges_deliver_exactly"
+FLUX = f"{DISTRIBUTED}/test_pipeline.py::test_every_pipeline_draws_what_one_rank_draws"
+FAMILIES = f"{DISTRIBUTED}/test_families.py::test_every_family_draws_what_one_rank_draws"
+BRANCHES = f"{DISTRIBUTED}/test_mesh.py::test_branches_of_every_pipeline_that_has_them"
+BAD_CALLS = f"{DISTRIBUTED}/test_bad_input.py"
+ENDING = f"{DISTRIBUTED}/test_ending.py"
+CODECS, COPIES, CALL = f"{UNIT}/test_codecs.py", f"{UNIT}/test_similarity.py", f"{UNIT}/test_selective_call.py"
+
+PARALLEL = (
+    Fault(
+        "every stream's larger shards on the same ranks", "cocodiff/parallel/tokens.py",
+        "larger_last=bool(index % 2)", "larger_last=False", (LAYOUT,),
+    ),
+    Fault(
+        "shards as large as that of rank 0", "cocodiff/parallel/tokens.py",
+        "return slice(start, start + sizes[rank])", "return slice(start, start + sizes[0])", (f"{EXCHANGE}[3]",),
+    ),
+    Fault(
+        "a mask that ignores how rows were cut", "cocodiff/parallel/tokens.py",
+        "torch.cat([joint[rank][:, rows] for", "torch.cat([joint[rank][:, :] for", (f"{FAMILIES}[2]",),
+    ),
+    Fault(
+        "pieces as long as those of rank 0", "cocodiff/parallel/layout.py",
+        "start += lengths[rank]", "start += lengths[0]", (LAYOUT,),
+    ),
+    Fault(
+        "stages without the reordering between them", "cocodiff/parallel/layout.py",
+        "moves = _merge(gather) if index else ()", "moves = ()", (LAYOUT,),
+    ),
+    Fault(
+        "receiving what was wanted before the stage", "cocodiff/parallel/layout.py",
+        "remaining = wanted(rank, index + 1)", "remaining = wanted(rank, index)", (LAYOUT,),
+    ),
+    Fault(
+        "a message counted at the innermost level that differs", "cocodiff/parallel/layout.py",
+        "return max(level for level, (mine, theirs)", "return min(level for level, (mine, theirs)", (LAYOUT, MESH),
+    ),
+    Fault(
+        "an axis that begins at rank 0's neighbour", "cocodiff/parallel/layout.py",
+        "// max(stride, inner)))", "// inner))", (MESH,),
+    ),
+)  # fmt: skip
+
+KERNELS = (
+    Fault(
+        "heads joined as if all ranks had as many as rank 0", "kernels/src/pack.py",
+        "start, first = start + numel, first + count", "start, first = start + numel, first + num_heads[0]", (LAYOUT,),
+    ),
+    Fault(
+        "rows packed in rank order for every exchange", "kernels/src/pack.py",
+        "if rows.is_contiguous() and all(rank == place for place, rank in enumerate(order)):",
+        "if rows.is_contiguous():", (f"{EXCHANGE}[4]",),
+    ),
+    Fault(
+        "parts of attention merged with each other's weight", "kernels/src/partial.py",
+        "(lse_other - joint).exp()", "(lse - joint).exp()", (MESH,),
+    ),
+    Fault(
+        "the keys that are masked are attended to", "kernels/src/partial.py",
+        "bias = bias.masked_fill(~mask, max", "bias = bias.masked_fill(mask, max", (MESH,),
+    ),
+)  # fmt: skip
+
+EXCHANGES = (
+    Fault(
+        "a rank's own block is not kept", "cocodiff/exchange/transport.py",
+        "incoming[rank].copy_(outgoing[rank])", "incoming[rank].zero_()", (f"{EXCHANGE}[2]",),
+    ),
+    Fault(
+        "stages send buffers as they came", "cocodiff/exchange/staged.py",
+        "prepare=None if stage.gather is None else", "prepare=None if True else", (f"{EXCHANGE}[4]",),
+    ),
+    Fault(
+        "the ring passes on only its own part", "cocodiff/exchange/ring.py",
+        "source = self._transport.all_to_all(source,", "source = self._transport.all_to_all(own,",
+        (f"{FLUX}[4]", f"{FLUX}[6]", f"{FLUX}[8]"),
+    ),
+    Fault(
+        "gathered shards as long as that of rank 0", "cocodiff/exchange/collectives.py",
+        "torch.cat([part[:length] for part", "torch.cat([part[: seq_lens[0]] for part", (f"{EXCHANGE}[3]",),
+    ),
+    Fault(
+        "inputs compared with themselves", "cocodiff/exchange/collectives.py",
+        "return (everyone != everyone[0]).any()", "return (everyone != everyone).any()", (BAD_CALLS,),
+    ),
+    Fault(
+        "a lane that does not wait for compute", "cocodiff/exchange/lanes.py",
+        "self._stream.wait_stream(self._api.current_stream(self._device))", "pass", (f"{UNIT}/test_lanes.py",),
+    ),
+    Fault(
+        "memory that a lane reads is freed", "cocodiff/exchange/lanes.py",
+        "keep=(tensor, source))", "keep=())", (f"{UNIT}/test_lanes.py",),
+    ),
+    Fault(
+        "lanes outside the caller's inference mode", "cocodiff/exchange/lanes.py",
+        "                with torch.inference_mode(inference), torch.set_grad_enabled(False):\n"
+        "                    with _span",
+        "                with torch.inference_mode(False), torch.set_grad_enabled(True):\n"
+        "                    with _span",
+        (f"{DISTRIBUTED}/test_everyday.py",),
+    ),
+)  # fmt: skip
+
+LAYERS = (
+    Fault(
+        "every piece of V and K lands in the place of the first", "cocodiff/layer.py",
+        "start = sum(lengths[:piece])", "start = 0", (f"{FLUX}[2]",),
+    ),
+    Fault(
+        "masks of the parts on the other side of the ring", "cocodiff/layer.py",
+        "part = (self.state.part - distance) %", "part = (self.state.part + distance) %",
+        (f"{FAMILIES}[4]", f"{FAMILIES}[6]", f"{FAMILIES}[8]"),
+    ),
+    Fault(
+        "every piece finishes with the parallel branch of the first", "cocodiff/attention.py",
+        "parallel[:, pieces[piece][0]]", "parallel[:, pieces[0][0]]", (f"{FLUX}[2]",),
+    ),
+    Fault(
+        "a piece is finished before the next one is attended", "cocodiff/attention.py",
+        "if state.output_stays_inside:", "if True:", (f"{DISTRIBUTED}/test_overlap.py",),
+    ),
+    Fault(
+        "the textbook order is not kept where it was asked for", "cocodiff/attention.py",
+        'for label in "vkq" if overlapped else "qkv":', 'for label in "vkq":', (f"{DISTRIBUTED}/test_overlap.py",),
+    ),
+    Fault(
+        "pieces cut at the joint rows in every stream", "cocodiff/blocks.py",
+        "max(rows.start - start, 0) : max(", "max(rows.start, 0) : max(", (f"{FLUX}[2]",),
+    ),
+    Fault(
+        "what was handed on is taken for inputs that changed", "cocodiff/blocks.py",
+        "if same and all(a is b for a, b in zip(before, arguments, strict=True)):", "if same:",
+        (f"{DISTRIBUTED}/test_everyday.py",),
+    ),
+    Fault(
+        "rows of a fused matrix are taken though a LoRA sits on it", "cocodiff/models/joint.py",
+        "if not isinstance(projection, FusedPart) or is_plain_linear(projection.linear):", "if True:",
+        (f"{DISTRIBUTED}/test_everyday.py",),
+    ),
+)  # fmt: skip
+
+FORWARD = (
+    Fault(
+        "every rank gets the first rows", "cocodiff/pipeline/forward.py",
+        "return value.narrow(cut.dim, rows.start,", "return value.narrow(cut.dim, 0,", (f"{FLUX}[2]",),
+    ),
+    Fault(
+        "what the other half saw is not asked for", "cocodiff/pipeline/forward.py",
+        "if anywhere(found.any(), call.connected.everyone) if everywhere else bool(found.any()):",
+        "if bool(found.any()):",
+        (f"{DISTRIBUTED}/test_mesh.py::test_a_second_branch_that_differs_is_an_error_on_every_rank",),
+    ),
+    Fault(
+        "a backend without log-sum-exp on a ring", "cocodiff/pipeline/forward.py",
+        'not in (None, "native"):', 'not in (None, "native", "_native_math"):',
+        (f"{DISTRIBUTED}/test_mesh.py::test_degrees_that_cannot_be_are_refused_with_the_numbers",),
+    ),
+    Fault(
+        "both branches are the first", "cocodiff/pipeline/cfg_parallel.py",
+        "output.copy_(both[1])", "output.copy_(both[0])", (BRANCHES,),
+    ),
+    Fault(
+        "both halves run the first half of the batch", "cocodiff/pipeline/cfg_parallel.py",
+        "start = call.mesh.cfg.rank * batch // 2", "start = 0", (BRANCHES,),
+    ),
+    Fault(
+        "each rank draws its own noise", "cocodiff/pipeline/call.py",
+        "share_random_state(job.device, job.host_group)", "pass", (BAD_CALLS,),
+    ),
+)  # fmt: skip
+
+SELECTIVE = (
+    Fault(
+        "prediction is switched off", "cocodiff/selective/copies.py",
+        "DAMPING = {8: 1.0, 4: 1.0, 2: 1.0, 1: 0.90625}", "DAMPING = {8: 0.0, 4: 0.0, 2: 0.0, 1: 0.0}", (CODECS,),
+    ),
+    Fault(
+        "copies keep the old values", "cocodiff/selective/copies.py",
+        "self.value[rows] = new.to(COPY_DTYPE)", "self.value[rows] = before.to(COPY_DTYPE)", (CODECS,),
+    ),
+    Fault(
+        "time that goes back counts as forward", "cocodiff/selective/copies.py",
+        "passed = math.copysign(max(abs(passed), SHORTEST), passed)", "passed = max(abs(passed), SHORTEST)", (COPIES,),
+    ),
+    Fault(
+        "decoded rows are not rotated back", "cocodiff/selective/residual.py",
+        "out[rows] = rotated(new, back=True)", "out[rows] = rotated(new)", (CODECS,),
+    ),
+    Fault(
+        "the level where coding begins is left exact", "cocodiff/selective/crossing.py",
+        "crosses = peer != rank and outer_difference(rank, peer, sizes) >= slow",
+        "crosses = peer != rank and outer_difference(rank, peer, sizes) > slow", (f"{DISTRIBUTED}/test_selective.py",),
+    ),
+    Fault(
+        "copies of another prompt are kept", "cocodiff/selective/run.py",
+        "self.copies.forget(number)", "pass", (CALL,),
+    ),
+    Fault(
+        "the guard raises steps that missed little", "cocodiff/selective/run.py",
+        "if error > bound:", "if error < bound:", (CALL,),
+    ),
+    Fault(
+        "every step is coded as the first", "cocodiff/selective/schedule.py",
+        "coding = planned[self.step]", "coding = planned[0]", (f"{UNIT}/test_transmission.py", CALL),
+    ),
+)  # fmt: skip
+
+LAUNCH = (
+    Fault(
+        "a failure is reported for no call", "cocodiff/launch/guard.py",
+        'self._link.compare_set(f"failed/{self._call}", "", self._report(said))',
+        'self._link.compare_set("failed/0", "", self._report(said))', (ENDING,),
+    ),
+    Fault(
+        "a rank that ends is reported for the call that it left", "cocodiff/launch/guard.py",
+        'f"failed/{self._call + 1}"', 'f"failed/{self._call}"', (ENDING,),
+    ),
+    Fault(
+        "a rank that has gone on is ended all the same", "cocodiff/launch/guard.py",
+        "return self._closed or not self._inside or self._call != call", "return False", (ENDING,),
+    ),
+    Fault(
+        "no grace", "cocodiff/launch/guard.py",
+        "elif now - suspected_since >= self._grace_seconds:", "else:", (ENDING,),
+    ),
+    Fault(
+        "two backends are few enough", "cocodiff/launch/join.py",
+        "if len(chosen) > 1:", "if len(chosen) > 2:", (ENDING,),
+    ),
+    Fault(
+        "two different values are few enough", "cocodiff/launch/agree.py",
+        "if len(ranks_by_value) > 1:", "if len(ranks_by_value) > 2:", (BAD_CALLS,),
+    ),
+    Fault(
+        "devices by the rank of the run", "cocodiff/launch/backend.py",
+        "index = ranks.local_rank % num_devices", "index = ranks.rank % num_devices",
+        (f"{UNIT}/test_launch_join.py",),
+    ),
+    Fault(
+        "a shell in a Slurm allocation is a rank", "cocodiff/launch/ranks.py",
+        "if not _in_slurm_step(environ):", "if False:", (f"{UNIT}/test_launch.py",),
+    ),
+    Fault(
+        "half the bandwidth inside is slow", "cocodiff/topology/cluster.py",
+        "_SLOW_SHARE = 0.25", "_SLOW_SHARE = 0.5", (f"{UNIT}/test_topology.py",),
+    ),
+)  # fmt: skip
+
+FAULTS = (*PARALLEL, *KERNELS, *EXCHANGES, *LAYERS, *FORWARD, *SELECTIVE, *LAUNCH)
