@@ -51,6 +51,7 @@ class BlockRow:
         self.blocks: list[Block] = []
         self._whole = dict(whole)
         self._running: RowForward | None = None
+        self._failed: RowForward | None = None  # until the next forward: lanes may still write what it handed on
 
     def append(self, block: Block) -> Callable[..., Any]:
         """Add the next block; gives the forward that stands in place of the block's own."""
@@ -60,10 +61,13 @@ class BlockRow:
     @contextmanager
     def running(self, state: ForwardState) -> Iterator[None]:
         """While inside, the blocks run on the shards of this forward."""
-        self._running = running = RowForward(self.blocks, self._whole, state)
+        self._running, self._failed = RowForward(self.blocks, self._whole, state), None
         try:
             yield
-            running.end()
+            self._running.end()
+        except BaseException:
+            self._failed = self._running
+            raise
         finally:
             self._running = None
 

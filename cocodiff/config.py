@@ -109,7 +109,7 @@ class Config:
         cfg_degree: 2 puts the conditional and the unconditional branch on two halves of the ranks. None means 1.
         ring_degree: parts of the sequence whose keys and values travel, while queries and outputs stay.
         ulysses_degree: ranks that share a part, each with some of the heads. What is left out follows the rule of
-            `cocodiff.parallel.mesh.choose_degrees`; the three multiply to the number of ranks.
+            `cocodiff.planner.choose_degrees`; the three multiply to the number of ranks.
         transmission: what crosses slow links: `"exact"`, or `"high"`, `"balanced"`, `"fast"` (1/4, 1/8 and 1/16 of the
             bytes; 1/32 where only keys and values cross), or a `cocodiff.Selective`. Fast links stay exact.
         pieces: into how many pieces a layer's rows are cut so that exchange and compute overlap; None lets the cost

@@ -5,7 +5,7 @@ CocodiffError
 ├── MismatchError  (ValueError)    ranks that should agree do not: which field, which ranks
 ├── LaunchError    (RuntimeError)  ranks that cannot find each other, or a backend that cannot serve
 ├── PatchError     (RuntimeError)  a wrapped pipeline that is no longer what `wrap` made of it
-├── UsageError     (RuntimeError)  what was asked for cannot be given now: no call has ended yet, or one still runs
+├── UsageError     (RuntimeError)  no call has ended yet, one still runs, or gradients were asked for
 └── CopiesDifferError (RuntimeError)  sender and receiver of a slow link did not hold the same
 """
 

@@ -110,8 +110,12 @@ class Session:
 
     @property
     def unsettled(self) -> dict[str, int]:
-        """What was submitted to each lane since the last call that ended well: nothing, unless one failed."""
-        return {str(key): lane.submitted - self._settled.get(key, 0) for key, lane in self._lanes.items()}
+        """What was submitted to each level's lane since the last call that ended well: nothing, unless one failed.
+
+        Lanes beside the links (coding) do not count: ranks may have other work for them.
+        """
+        links = [(level, lane) for level, lane in self._lanes.items() if isinstance(level, int)]
+        return {str(level): lane.submitted - self._settled.get(level, 0) for level, lane in links}
 
     def settle(self) -> None:
         """A call ended well: nothing of it is under way on any rank."""
@@ -134,9 +138,8 @@ class Session:
             self._set_timeline(None)
 
     def close(self) -> None:
-        """End the lanes, free the groups and the job; nothing may be in flight. Collective."""
+        """End the lanes and free the groups, not the job; nothing may be in flight. Collective."""
         with ExitStack() as stack:  # last in, first out
-            stack.callback(self.job.close)
             for connected in self._meshes.values():
                 stack.callback(connected.mesh.close)
             for lane in self._lanes.values():
@@ -157,7 +160,7 @@ class CallState:
         guided: the pipeline calls the transformer twice a step, for guidance.
         selective: selective transmission over this call; None where everything is exact.
         branch_name: what diffusers calls the branch of guidance that runs ("cond", "uncond"); None where it says none.
-        differing: of each forward, whether its inputs differed between ranks.
+        differing: transformer -> of each of its forwards, whether the inputs differed between ranks.
         first_branch: of a pair of calls on two cfg halves, the first one's output and inputs, until the second ends.
         unpaired: of each pair, whether its two calls were of different steps.
     """
@@ -168,13 +171,21 @@ class CallState:
     guided: bool = False
     selective: SelectiveCall | None = None
     branch_name: str | None = None
-    differing: list[Tensor] = field(default_factory=list)
+    differing: dict[object, list[Tensor]] = field(default_factory=dict)
     first_branch: tuple[Tensor, dict[str, Tensor]] | None = None
     unpaired: list[Tensor] = field(default_factory=list)
 
     @property
     def mesh(self) -> Mesh:
         return self.connected.mesh
+
+    def drop(self) -> None:
+        """Let go of all tensors: the call has failed."""
+        self.first_branch = None
+        self.differing.clear()
+        self.unpaired.clear()
+        if self.selective is not None:
+            self.selective.free()
 
 
 @dataclass(frozen=True)

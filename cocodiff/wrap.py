@@ -65,11 +65,15 @@ def unwrap(pipeline: Any) -> Any:
     handle = vars(pipeline).get("cocodiff")
     if not isinstance(handle, Handle):
         raise ConfigError(f"this {type(pipeline).__name__} is not wrapped, so there is nothing to unwrap.")
+    sessions = [forward.session for forward in handle.forwards.values()]
     for forward in handle.forwards.values():
         release(forward)
         pipeline.__class__ = handle.pipeline_class
-    if all(forward.session.job is not handle.job for forward in handle.forwards.values()):
-        handle.job.close()  # otherwise the session closes it, whose transports use its groups
+    for session in sessions:
+        if session.users == 0:
+            session.job.close()
+    if all(session.job is not handle.job for session in sessions):
+        handle.job.close()  # otherwise a session that others still use has its groups
     del pipeline.cocodiff
     return pipeline
 

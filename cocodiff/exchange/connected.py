@@ -25,6 +25,7 @@ class ConnectedMesh:
 
     Attributes:
         everyone, sequence, ulysses, ring, cfg: the transports of the axes of the same names.
+        levels: level of the cluster -> the transport among the ranks that differ in that level only.
         exchanges: by name, "flat" and "staged", over the ulysses axis.
         around: the ring's exchange; None where the ring axis has one rank.
     """

@@ -40,6 +40,7 @@ class Lane(Protocol):
     """
 
     name: str
+    device: torch.device
     submitted: int
     timeline: Timeline | None
 
@@ -64,7 +65,7 @@ class ThreadLane:
     """
 
     def __init__(self, name: str) -> None:
-        self.name = name
+        self.name, self.device = name, torch.device("cpu")
         self.timeline: Timeline | None = None
         self.submitted = 0
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -140,22 +141,21 @@ class StreamLane:
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
-        self.name = name
+        self.name, self.device = name, device
         self.timeline: Timeline | None = None
         self.submitted = 0
         self._api = torch.get_device_module(device)
-        self._device = device
         self._stream = self._api.Stream(device=device)
 
     def submit(self, work: Work, source: Tensor | Ticket, label: str) -> StreamTicket:
         self.submitted += 1
-        self._stream.wait_stream(self._api.current_stream(self._device))
+        self._stream.wait_stream(self._api.current_stream(self.device))
         with self._api.stream(self._stream):
             tensor = source if isinstance(source, Tensor) else source.wait()
             with _span(self, label):
                 result = work(tensor)
             done = self._stream.record_event()
-        return StreamTicket(self._api, self._device, done, result, keep=(tensor, source))
+        return StreamTicket(self._api, self.device, done, result, keep=(tensor, source))
 
     def close(self) -> None:
         pass  # a stream needs no end

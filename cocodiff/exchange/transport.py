@@ -224,8 +224,10 @@ def make_transport(
     """The transport for a group's backend; for one rank (None) one that sends nothing."""
     if group is None:
         return make_local_transport(group, sizes, lane, counter)
-    kinds = {"gloo": PointToPointTransport, "xccl": XcclTransport}
-    return kinds.get(dist.get_backend(group), CollectiveTransport)(group, sizes, lane, counter)
+    if dist.get_backend(group) == "gloo":
+        return PointToPointTransport(group, sizes, lane, counter)
+    kind = XcclTransport if lane.device.type == "xpu" else CollectiveTransport
+    return kind(group, sizes, lane, counter)
 
 
 def make_local_transport(

@@ -17,8 +17,8 @@ class ByteCounter:
 
     >>> counter = ByteCounter()
     >>> counter.add("v", (8, 16), exact=(8, 64))
-    >>> counter.by_level(2), counter.by_label(), counter.exact[1, "v"]
-    ([8, 16], {'v': 24}, 64)
+    >>> counter.by_level(2), counter.exact[1, "v"]
+    ([8, 16], 64)
     """
 
     sent: Counter[tuple[int, str]] = field(default_factory=Counter)
@@ -39,9 +39,3 @@ class ByteCounter:
 
     def by_level(self, levels: int) -> list[int]:
         return [sum(count for (one, _), count in self.sent.items() if one == level) for level in range(levels)]
-
-    def by_label(self) -> dict[str, int]:
-        totals: Counter[str] = Counter()
-        for (_, label), count in self.sent.items():
-            totals[label] += count
-        return dict(totals)

@@ -78,10 +78,6 @@ class Traffic:
             tokens, heads = heads, tokens
         return tokens * self.batch, heads * self.head_dim
 
-    def total(self) -> int:
-        """Elements that all ranks together hold."""
-        return sum(self.source) * sum(self.destination) * self.batch * self.head_dim
-
 
 def to_heads_traffic(layout: Layout, batch: int, head_dim: int) -> Traffic:
     return Traffic(layout.seq_lens, layout.num_heads, batch, head_dim, True)

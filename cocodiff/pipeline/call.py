@@ -61,7 +61,11 @@ def call_running(
     with ExitStack() as stack:
         for forward in forwards:
             stack.enter_context(forward.in_call(call))
-        yield call
+        try:
+            yield call
+        except BaseException:
+            call.drop()  # whoever keeps the exception keeps the call, by its frames
+            raise
     check_call(call)
 
 

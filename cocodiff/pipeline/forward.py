@@ -22,6 +22,7 @@ from cocodiff.exchange.collectives import anywhere, differs, gather_rows
 from cocodiff.launch.agree import agree
 from cocodiff.models import Family
 from cocodiff.models.family import Cut
+from cocodiff.parallel.mesh import Mesh
 from cocodiff.parallel.tokens import Tokens
 from cocodiff.pipeline.cfg_parallel import check_pairs, computes, run_branch
 from cocodiff.pipeline.selective_forward import begin_forward, end_forward
@@ -104,8 +105,13 @@ class ShardedForward:
         """How this transformer runs."""
         return self.session.plan(self._facts)
 
-    def check(self) -> None:
-        """Raise PatchError unless every part of ours is in place and nothing was added that shards cannot follow."""
+    def check(self, mesh: Mesh) -> None:
+        """Raise unless every part of ours is in place and nothing was set that shards cannot follow.
+
+        Raises:
+            PatchError: a part was replaced, or something was added.
+            ConfigError: an attention backend that a ring cannot use.
+        """
         for attn, processor in self._attentions:
             if attn.processor is not processor:
                 raise PatchError(
@@ -115,21 +121,22 @@ class ShardedForward:
                 )
         self.patches.check()
         refuse_modifications(self.transformer, self._carriers)
+        if mesh.ring.size > 1:
+            self._check_backends(mesh.ring.size)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        self.check()
+        call = self._call
+        if call is None:
+            call = CallState(self.session, self.plan(), self.session.connect(self.plan()))
+        self.check(call.mesh)
         if torch.is_grad_enabled():
             raise UsageError("exchanges carry no gradients: call the transformer under torch.no_grad().")
         given = self._signature.bind(*args, **kwargs).arguments
         self._refuse(given)
-        call = self._call
-        if call is None:
-            what = "the transformer's input (called outside its wrapped pipeline)"
-            call = CallState(self.session, self.plan(), self.session.connect(self.plan()))
-            agree(given, call.mesh.host_group, what)
+        if self._call is None:
+            agree(given, call.mesh.host_group, "the transformer's input (called outside its wrapped pipeline)")
         else:
             self._compare(call, given)
-        self._check_backends(call)
         conditioning = given.get("encoder_hidden_states")  # the pipeline's own object, not half of it
         if self._call is None or call.mesh.cfg.size == 1:
             return self._on_shards(call, given, conditioning)
@@ -155,8 +162,9 @@ class ShardedForward:
             return
         lists = [value if isinstance(value, list | tuple) else [value] for value in given.values()]
         ranks = call.connected.sequence if second else call.connected.everyone
-        call.differing.append(differs((x for one in lists for x in one if isinstance(x, Tensor)), ranks))
-        if len(call.differing) == 1:
+        mine = call.differing.setdefault(self, [])
+        mine.append(differs((x for one in lists for x in one if isinstance(x, Tensor)), ranks))
+        if len(mine) == 1:
             check_inputs(call)
 
     def _on_shards(self, call: CallState, given: dict[str, Any], conditioning: Any) -> Any:
@@ -188,14 +196,12 @@ class ShardedForward:
         finally:
             last.remove()
 
-    def _check_backends(self, call: CallState) -> None:
-        if call.mesh.ring.size == 1:
-            return
+    def _check_backends(self, ring_degree: int) -> None:
         for _, processor in self._attentions:
             backend = getattr(processor, "_attention_backend", None)
             if getattr(backend, "value", backend) not in (None, "native"):
                 raise ConfigError(
-                    f"ring_degree={call.mesh.ring.size} merges parts of attention by their log-sum-exps, for "
+                    f"ring_degree={ring_degree} merges parts of attention by their log-sum-exps, for "
                     f"which it has kernels of its own; {backend!r} was set. Reset it, or use ring_degree=1."
                 )
 
@@ -213,9 +219,10 @@ def check_inputs(call: CallState, everywhere: bool = False) -> None:
     Args:
         everywhere: ask all ranks, since each cfg half has compared its own branch only.
     """
-    if not call.differing:
+    flags = [flag for several in call.differing.values() for flag in several]
+    if not flags:
         return
-    found = torch.stack(call.differing)
+    found = torch.stack(flags)
     if anywhere(found.any(), call.connected.everyone) if everywhere else bool(found.any()):
         steps = found.nonzero().flatten().tolist()
         first = f"first in its call {steps[0]} of {len(found)}" if steps else "seen by the other branch"

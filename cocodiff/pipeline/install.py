@@ -87,7 +87,7 @@ def install_transformer(transformer: Any, family: Family, session: Session) -> S
         patches.set(transformer, "forward", forward)
         if hasattr(transformer, "cache_context"):
             patches.set(transformer, "cache_context", forward.announced(transformer.cache_context))
-        forward.check()
+        forward.check(connected.mesh)
     except BaseException:
         patches.undo()
         if session.users == 0:
@@ -98,7 +98,10 @@ def install_transformer(transformer: Any, family: Family, session: Session) -> S
 
 
 def release(forward: ShardedForward) -> None:
-    """One wrapped pipeline lets go of a transformer; the last one takes the patches with it."""
+    """One wrapped pipeline lets go of a transformer; the last one takes the patches with it, and ends its session.
+
+    The job stays: whoever waits for a failure to be reported closes it after that.
+    """
     if forward.users == 1:
         forward.patches.undo()
         forward.session.users -= 1
@@ -109,7 +112,7 @@ def release(forward: ShardedForward) -> None:
 
 def model_facts(family: Family, transformer: Any) -> ModelFacts:
     """What a plan needs to know of a transformer."""
-    attending = [module.heads for module in transformer.modules() if hasattr(module, "processor")]
+    attending = [part.heads for part in transformer.modules() if hasattr(part, "processor") and hasattr(part, "heads")]
     sizes = transformer.config
     width = sizes.num_attention_heads * sizes.attention_head_dim
     return ModelFacts(min(attending, default=1), width, transformer.dtype.itemsize, family.long)

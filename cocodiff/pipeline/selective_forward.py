@@ -60,7 +60,7 @@ def _check_memory(layers: Sizes, state: ForwardState, batch: int, itemsize: int)
     if len(held) < len(layers):
         level = mesh.cluster.levels[call.plan.coded_from].name
         call.session.warn(
-            "uncoded layers",
+            f"{len(held)} of {len(layers)} layers coded",
             f"by the cluster's figures the exact exchanges of {len(layers) - len(held)} of {len(layers)} layers hide "
             "under their compute, so they stay exact. If the link is slower than that, measure it (cocodiff bench "
             f"collectives), or say Selective(level={level!r}).",

@@ -1,4 +1,4 @@
-"""Which plan a pipeline runs by. Today one rule; it is asked for a `RunPlan` in one place (`Session.plan_run`)."""
+"""Which plan a pipeline runs by. Today one rule; it is asked for a `RunPlan` in one place (`Session.plan`)."""
 
 from cocodiff.planner.rule import choose_degrees, outward_bytes, plan_run
 

@@ -13,15 +13,16 @@ def degrees(mesh: tuple[int, int, int] | None) -> dict[str, int]:
 
 
 @contextmanager
-def recorded_layer_plans() -> Iterator[list[Any]]:
-    """While inside, a list that grows by the `LayerPlan` of every layer that is planned in this process."""
+def recorded_layer_plans() -> Iterator[list[tuple[Any, int]]]:
+    """While inside, a list that grows by the `LayerPlan` of every layer planned here, and the fewest rows of any rank."""
     from cocodiff import state
 
     plans, plan_layer = [], state.plan_layer
 
-    def recording(*sizes: Any) -> Any:
-        plans.append(plan_layer(*sizes))
-        return plans[-1]
+    def recording(run_plan: Any, cluster: Any, device_type: str, seq_lens: tuple[int, ...], *more: Any) -> Any:
+        plan = plan_layer(run_plan, cluster, device_type, seq_lens, *more)
+        plans.append((plan, min(seq_lens)))
+        return plan
 
     state.plan_layer = recording
     try:

@@ -38,14 +38,14 @@ def _other(length):
 
 
 CHANGES = {  # and the meshes to see them on
-    "other prompt": (("ring", "cfg"), lambda: _callback(prompt_embeds=_other(7))),
+    "other prompt": (("ring",), lambda: _callback(prompt_embeds=_other(7))),
     "longer prompt": (("ulysses",), lambda: _callback(prompt_embeds=_other(8))),
     "no more guidance": (
-        ("ring", "cfg"),
+        ("cfg",),
         lambda: _callback(prompt_embeds=lambda x: x[-1:], pooled_prompt_embeds=lambda x: x[-1:]),
     ),
     "a call beside": (
-        ("ulysses", "cfg"),
+        ("ulysses",),
         lambda: dict(skip_guidance_layers=[0], skip_layer_guidance_stop=0.4),
     ),
 }
