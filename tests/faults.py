@@ -107,7 +107,7 @@ EXCHANGES = (
     ),
     Fault(
         "a lane that does not wait for compute", "cocodiff/exchange/lanes.py",
-        "self._stream.wait_stream(self._api.current_stream(self._device))", "pass", (f"{UNIT}/test_lanes.py",),
+        "self._stream.wait_stream(self._api.current_stream(self.device))", "pass", (f"{UNIT}/test_lanes.py",),
     ),
     Fault(
         "memory that a lane reads is freed", "cocodiff/exchange/lanes.py",
