@@ -107,7 +107,7 @@ EXCHANGES = (
     ),
     Fault(
         "a lane that does not wait for compute", "cocodiff/exchange/lanes.py",
-        "self._stream.wait_stream(self._api.current_stream(self._device))", "pass", (f"{UNIT}/test_lanes.py",),
+        "self._stream.wait_stream(self._api.current_stream(self.device))", "pass", (f"{UNIT}/test_lanes.py",),
     ),
     Fault(
         "memory that a lane reads is freed", "cocodiff/exchange/lanes.py",
@@ -235,8 +235,9 @@ LAUNCH = (
         'f"failed/{self._call + 1}"', 'f"failed/{self._call}"', (ENDING,),
     ),
     Fault(
-        "a rank that has gone on is ended all the same", "cocodiff/launch/guard.py",
-        "return self._closed or not self._inside or self._call != call", "return False", (ENDING,),
+        "an inner call is one of its own", "cocodiff/launch/guard.py",
+        "if self._world_size == 1 or self._closed or self._depth:", "if self._world_size == 1 or self._closed:",
+        (f"{UNIT}/test_launch_join.py",),
     ),
     Fault(
         "no grace", "cocodiff/launch/guard.py",
