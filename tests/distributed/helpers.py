@@ -14,7 +14,7 @@ def degrees(mesh: tuple[int, int, int] | None) -> dict[str, int]:
 
 @contextmanager
 def recorded_layer_plans() -> Iterator[list[tuple[Any, int]]]:
-    """While inside, a list that grows by every `LayerPlan` that is made here and the fewest rows of any rank."""
+    """While inside, a list that grows by each layer's `LayerPlan` when it is planned, and the fewest rows of a rank."""
     from cocodiff import state
 
     plans, plan_layer = [], state.plan_layer
