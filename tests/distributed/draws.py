@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -122,7 +123,9 @@ class References:
     def _draw(self, wanted: Sequence[tuple[str, str]]) -> None:
         for pipeline, call in wanted:
             latents = draw(build(pipeline), pipeline, call, self.full)
-            save_file({"latents": latents.contiguous()}, self._path(pipeline, call))
+            partial = self._path(pipeline, call).with_suffix(f".{os.getpid()}")  # another worker may look for it now
+            save_file({"latents": latents.contiguous()}, partial)
+            partial.rename(self._path(pipeline, call))
 
 
 def _kind(row: dict[str, Any]) -> str:

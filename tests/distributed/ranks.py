@@ -11,6 +11,7 @@ import atexit
 import multiprocessing
 import os
 import pickle
+import random
 import socket
 import sys
 import tempfile
@@ -29,9 +30,18 @@ LAUNCHER_VARIABLES = (
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody listens on, and that no outgoing connection of this machine is given meanwhile.
+
+    The system gives those from a range that ends or begins elsewhere (ip_local_port_range, 32768 and up by default).
+    """
+    while True:
+        port = random.SystemRandom().randrange(12_000, 32_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def without_launcher(environ: Mapping[str, str]) -> dict[str, str]:
