@@ -1,7 +1,8 @@
 """Whole pictures and clips on many ranks, compared with one rank: which ones are drawn, and the drawing.
 
 A `Draw` is a pipeline, the way in which it is run on how many ranks, and one call. The suite draws a covering set
-(`drawn(ranks)`): every two choices meet in some draw, except that a pipeline meets a kind of mesh through its family.
+(`drawn(ranks)`): every two choices meet in some draw, except that a pipeline meets a kind of mesh and more than two
+ranks through its family, and a call meets a mesh through the kind of mesh.
 `python -m tests.table` draws the full products (`full_pipelines`, `full_meshes`).
 """
 
@@ -121,8 +122,9 @@ class References:
         return self.folder / f"{pipeline}, {call}.safetensors"
 
     def _draw(self, wanted: Sequence[tuple[str, str]]) -> None:
+        built = functools.cache(build)
         for pipeline, call in wanted:
-            latents = draw(build(pipeline), pipeline, call, self.full)
+            latents = draw(built(pipeline), pipeline, call, self.full)
             partial = self._path(pipeline, call).with_suffix(f".{os.getpid()}")  # another worker may look for it now
             save_file({"latents": latents.contiguous()}, partial)
             partial.rename(self._path(pipeline, call))
@@ -158,10 +160,12 @@ def _covering() -> tuple[Draw, ...]:
     }
     derived = {
         "ranks": lambda row: math.prod(row["sizes"]),
+        "more than two ranks": lambda row: math.prod(row["sizes"]) > 2,
         "family": lambda row: row["pipeline"].split()[0],
         "kind": _kind,
     }
-    apart = [{"pipeline", "mesh"}, {"pipeline", "kind"}, {"pipeline", "sizes"}, {"family", "mesh"}]
+    apart = [*({"pipeline", other} for other in ("mesh", "kind", "sizes", "ranks"))]
+    apart += [{"family", "mesh"}, {"call", "mesh"}]
     return tuple(Draw(**row) for row in covering(dimensions, _allowed, derived, [frozenset(two) for two in apart]))
 
 

@@ -9,7 +9,7 @@ import torch
 from tests.distributed.ranks import run_ranks
 from tests.pipelines import flux_call, flux_pipeline, relative_error
 
-INPUTS = 16
+INPUTS = 8
 
 
 def _call(seed, dtype=torch.bfloat16):

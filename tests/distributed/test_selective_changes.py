@@ -8,7 +8,7 @@ from tests.distributed.test_selective import _call, _cluster, _pipeline, shared
 from tests.families import family_call, family_pipeline
 from tests.pipelines import relative_error
 
-NAME, STEPS, CHANGE = "sd35 text2image", 24, 12
+NAME, STEPS, CHANGE = "sd35 text2image", 20, 10
 
 
 def _guided_call(**more):
