@@ -59,11 +59,13 @@ def check_result(result: Any, call: CallState, name: str) -> None:
 def _say_if_no_picture(values: list[Tensor], call: CallState, name: str) -> None:
     finite = torch.stack(call.finite).tolist() if call.finite else []
     if not all(finite):
-        first = finite.index(False)
+        branches = 2 if call.guided() and call.mesh.cfg.size == 1 else 1
+        step, steps = finite.index(False) // branches, len(finite) // branches
+        began = f"at step {step - 1} of {steps}, counted from 0" if step else "before the first step"
         call.session.warn(
             "NaN",
-            f"numbers that are not finite entered forward {first} of {len(finite)} of the transformer: the one before "
-            f"it made them, or the {name} itself. The picture is broken; float16 overflows where bfloat16 does not.",
+            f"{name} made numbers that are not finite {began}: the picture is broken. float16 overflows where bfloat16 "
+            "does not.",
         )
     elif any(not x.isfinite().all() for x in values):
         call.session.warn(
