@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-
-class Fault(NamedTuple):
-    """One line of a file and what stands there instead. `tests` are arguments of pytest.
-
-    The line is a part of the file that occurs in it once; it need not be the whole line.
-    """
-
-    name: str
-    file: str
-    line: str
-    faulty: str
-    tests: tuple[str, ...]
-
+from tests.fault import Fault
+from tests.faults_trust import TRUST
 
 UNIT, DISTRIBUTED = "tests/unit", "tests/distributed"
 LAYOUT, MESH = f"{UNIT}/test_layout.py", f"{UNIT}/test_mesh.py"
 EXCHANGE = f"{DISTRIBUTED}/test_exchange.py::test_exchanges_deliver_exactly"
 FLUX = f"{DISTRIBUTED}/test_pipeline.py::test_every_pipeline_draws_what_one_rank_draws"
 FAMILIES = f"{DISTRIBUTED}/test_families.py::test_every_family_draws_what_one_rank_draws"
-BRANCHES = f"{DISTRIBUTED}/test_mesh.py::test_branches_of_every_pipeline_that_has_them"
+BRANCHES = f"{DISTRIBUTED}/test_mesh.py::test_each_half_runs_one_branch_of_every_pipeline_that_has_two"
 BAD_CALLS = f"{DISTRIBUTED}/test_bad_input.py"
 ENDING = f"{DISTRIBUTED}/test_ending.py"
 CODECS, COPIES, CALL = f"{UNIT}/test_codecs.py", f"{UNIT}/test_copies.py", f"{UNIT}/test_selective_call.py"
@@ -266,4 +253,4 @@ LAUNCH = (
     ),
 )  # fmt: skip
 
-FAULTS = (*PARALLEL, *KERNELS, *EXCHANGES, *LAYERS, *FORWARD, *SELECTIVE, *LAUNCH)
+FAULTS = (*PARALLEL, *KERNELS, *EXCHANGES, *LAYERS, *FORWARD, *SELECTIVE, *LAUNCH, *TRUST)

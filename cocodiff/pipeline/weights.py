@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from cocodiff.compat import is_on_disk
 
-_WORDS = 1 << 18  # int64 words that are multiplied at once: 2 MB, to stay in a cache
+_WORDS = 1 << 17  # int64 words that are multiplied at once: 1 MB, to stay in a cache
 _TURN = 0x5851F42D4C957F2D  # odd: no carry is lost between chunks
 
 

@@ -17,7 +17,7 @@ def _dropped():
     import cocodiff
 
     process, held = psutil.Process(), []
-    for _ in range(6):
+    for _ in range(5):
         pipe = cocodiff.wrap(flux_pipeline())
         pipe(**flux_call("text2image"))
         weights = weakref.ref(pipe.transformer.transformer_blocks[0].ff.net[2].weight)
