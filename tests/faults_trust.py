@@ -67,7 +67,8 @@ TRUST = (
     ),
     Fault(
         "two calls at once", "cocodiff/pipeline/call.py",
-        "if not session.busy.acquire(blocking=False):", "if session.busy.acquire(blocking=False) is None:", (LIFETIMES,),
+        "if not session.busy.acquire(blocking=False):", "if session.busy.acquire(blocking=False) is None:",
+        (LIFETIMES,),
     ),
     Fault(
         "the guard keeps what it asks", "cocodiff/launch/guard.py",
