@@ -40,6 +40,23 @@ def is_plain_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear and not (module._forward_hooks or module._forward_pre_hooks or replaced)
 
 
+def offload_to(pipeline: Any, device: torch.device) -> None:
+    """Let diffusers' offloading use this device where a script names none: it takes the first one on every rank.
+
+    What was offloaded before, and would be moved to another device, is offloaded anew.
+    """
+    pipeline._offload_gpu_id = device.index or 0
+    before = getattr(pipeline, "_offload_device", None)
+    if (
+        before in (None, device)
+        or before.type != device.type
+        or not any(is_offloaded(part) for part in pipeline.components.values())
+    ):
+        return
+    again = pipeline.enable_model_cpu_offload if pipeline._all_hooks else pipeline.enable_sequential_cpu_offload
+    again(device=device)
+
+
 def is_offloaded(part: object) -> bool:
     """Whether accelerate moves this component by its hooks: it must not be moved otherwise."""
     return hasattr(part, "_hf_hook")
