@@ -141,6 +141,8 @@ class Mesh:
         Args:
             together: all ranks close this mesh now, and no work that some of them lack is under way.
         """
+        if not dist.is_initialized():
+            return
         if self.backend == "gloo" or (self.backend == "nccl" and together):
             axes = (self.everyone, self.sequence, self.ulysses, self.ring, self.cfg)
             mine = {axis.ranks: axis.group for axis in axes if axis.group is not None}

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cocodiff.blocks import BlockRow, RowForward
+from cocodiff.blocks import BlockRow, RowForward, _versions
 from cocodiff.config import Config
 from cocodiff.exchange.lanes import StreamLane, ThreadLane, share_one_lane
 from cocodiff.exchange.ulysses import Pending
@@ -139,7 +139,7 @@ def handed_on(*tickets):
 
 def handed(index, arguments, layer):
     """What `RowForward` keeps of a layer that it has handed on."""
-    return index, arguments, layer
+    return index, arguments, _versions(arguments), layer
 
 
 def dropped_by_other_arguments(forward, x):
@@ -209,7 +209,7 @@ def test_what_is_taken_is_not_dropped(accelerator):
 
 def session_of(*lanes):
     session = Session(SimpleNamespace(device=DEVICE), Config(), None, None)
-    session._lanes = dict(enumerate(lanes))
+    session._lanes.update(enumerate(lanes))
     return session
 
 
@@ -249,15 +249,15 @@ def test_a_thread_lane_holds_what_it_works_on():
             return self.out
 
     found = []
-    session_of(lane).catch_up()
     ticket = lane.submit(Work(out), send, "v")
-    session_of(lane).catch_up()  # does not wait
+    session = session_of(lane)
+    session.catch_up()  # does not wait
     del ticket, send, out
     gc.collect()
     assert all(one() is not None for one in alive)
     go.set()
     assert done.wait(60) and found == [4.0]
-    lane.close()
+    session.close()
 
 
 @pytest.mark.parametrize(
@@ -281,9 +281,13 @@ def test_nccl_without_an_order_of_its_own_gets_one_lane(device, version, variabl
     assert share_one_lane(torch.device(device)) == one
     cluster = Cluster("test", tuple(Level(name, 2, 1.0, 1.0) for name in ("tile", "gpu", "node")))
     session = Session(SimpleNamespace(device=torch.device(device)), Config(), cluster, None)
-    monkeypatch.setattr("cocodiff.state.make_lane", lambda name, device: SimpleNamespace(name=name, submitted=0))
+
+    def lane(name, device):
+        return SimpleNamespace(name=name, submitted=0, close=lambda: None)
+
+    monkeypatch.setattr("cocodiff.state.make_lane", lane)
     lanes = [session.lane(level) for level in (1, 0, 2)]
-    assert [lane.name for lane in lanes] == (["links"] * 3 if one else ["gpu", "tile", "node"])
-    assert len({id(lane) for lane in lanes}) == (1 if one else 3)
+    assert [one.name for one in lanes] == (["links"] * 3 if one else ["gpu", "tile", "node"])
+    assert len({id(one) for one in lanes}) == (1 if one else 3)
     assert session.lane("encode") not in lanes
     assert session.unsettled == ({"0": 0} if one else {"1": 0, "0": 0, "2": 0})
