@@ -37,7 +37,7 @@ def _errors():
 
 def test_float16_and_autocast_on_every_axis():
     for errors in run_ranks(2, _errors):
-        assert max(errors.values()) < 0.5, errors
+        assert max(errors.values()) < 2, errors  # two roundings, each of them a unit; a wrong picture is some hundreds
 
 
 def _without_image():
