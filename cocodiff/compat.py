@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import nn
 
 from cocodiff.errors import PatchError
@@ -40,6 +41,23 @@ def is_plain_linear(module: nn.Module) -> bool:
     """Whether a linear layer does what its weights say: it has no adapter, no hooks, and the forward of its class."""
     replaced = any(name in vars(module) for name in (*_HOOKS, "forward"))
     return type(module) is nn.Linear and not (module._forward_hooks or module._forward_pre_hooks or replaced)
+
+
+def offload_to(pipeline: Any, device: torch.device) -> None:
+    """Let diffusers' offloading use this device where a script names none: it takes the first one on every rank.
+
+    What was offloaded before, and would be moved to another device, is offloaded anew.
+    """
+    pipeline._offload_gpu_id = device.index or 0
+    before = getattr(pipeline, "_offload_device", None)
+    if (
+        before in (None, device)
+        or before.type != device.type
+        or not any(is_offloaded(part) for part in pipeline.components.values())
+    ):
+        return
+    again = pipeline.enable_model_cpu_offload if pipeline._all_hooks else pipeline.enable_sequential_cpu_offload
+    again(device=device)
 
 
 def is_offloaded(part: object) -> bool:
