@@ -56,15 +56,15 @@ def describe(found: Figures, loading: float) -> str:
     """Return the figures in one line.
 
     >>> describe(Figures(2.0, 2, 1.0, 0.5, 0.5, 0.25), loading=3.0)
-    'seconds: start and load 3.0, first step with all before it 1.00, each further step 0.500, decode 0.50; drawn in 2.0, \
-of which 25% waiting for exchanges'
+    'seconds: start and load 3.0, first step 1.00 with what is before it, each further 0.500, decode 0.50; \
+drawn in 2.0 (25% waiting for exchanges)'
     """
     parts = [f"start and load {loading:.1f}"]
     if found.first is not None:
-        parts.append(f"first step with all before it {found.first:.2f}")
+        parts.append(f"first step {found.first:.2f} with what is before it")
     if found.step is not None:
-        parts.append(f"each further step {found.step:.3f}")
+        parts.append(f"each further {found.step:.3f}")
     if found.decode is not None:
         parts.append(f"decode {found.decode:.2f}")
-    waiting = "" if found.waiting is None else f", of which {found.waiting:.0%} waiting for exchanges"
+    waiting = "" if found.waiting is None else f" ({found.waiting:.0%} waiting for exchanges)"
     return f"seconds: {', '.join(parts)}; drawn in {found.total:.1f}{waiting}"

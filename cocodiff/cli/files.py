@@ -61,7 +61,9 @@ def check_out(out: Path, clip: bool | None = None) -> None:
     if clip is False and out.is_dir():
         raise ConfigError(f"--out {out} is a folder: name a file, such as {out / 'out.png'}.")
     if clip is not None:
-        check_folder(_frames_folder(out), "--out") if clip and suffix not in CLIPS else check_file(_named(out), "--out")
+        check_folder(_frames_folder(out), "--out", parents=False) if clip and suffix not in CLIPS else check_file(
+            _named(out), "--out"
+        )
 
 
 def check_file(path: Path, option: str) -> None:
@@ -80,10 +82,10 @@ def check_file(path: Path, option: str) -> None:
         raise ConfigError(f"{option} {path}: cannot be written ({_reason(error)}).") from None
 
 
-def check_folder(path: Path, option: str) -> None:
-    """Make the folder. ConfigError if no files can be written into it."""
+def check_folder(path: Path, option: str, parents: bool = True) -> None:
+    """Make the folder, and those above it where `parents` says so. ConfigError if no files can be written into it."""
     try:
-        path.mkdir(parents=option != "--out", exist_ok=True)
+        path.mkdir(parents=parents, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
     except FileNotFoundError:
