@@ -60,10 +60,14 @@ def check_out(out: Path, clip: bool | None = None) -> None:
             ) from None
     if clip is False and out.is_dir():
         raise ConfigError(f"--out {out} is a folder: name a file, such as {out / 'out.png'}.")
-    if clip is not None:
-        check_folder(_frames_folder(out), "--out", parents=False) if clip and suffix not in CLIPS else check_file(
-            _named(out), "--out"
-        )
+    if not exists(out.parent):
+        raise ConfigError(f"--out {out}: there is no folder {out.parent}.")
+    if clip is None:
+        check_folder(out.parent, "--out")
+    elif clip and suffix not in CLIPS:
+        check_folder(_frames_folder(out), "--out")
+    else:
+        check_file(_named(out), "--out")
 
 
 def check_file(path: Path, option: str) -> None:
@@ -82,14 +86,12 @@ def check_file(path: Path, option: str) -> None:
         raise ConfigError(f"{option} {path}: cannot be written ({_reason(error)}).") from None
 
 
-def check_folder(path: Path, option: str, parents: bool = True) -> None:
-    """Make the folder, and those above it where `parents` says so. ConfigError if no files can be written into it."""
+def check_folder(path: Path, option: str) -> None:
+    """Make the folder. ConfigError if no files can be written into it."""
     try:
-        path.mkdir(parents=parents, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
-    except FileNotFoundError:
-        raise ConfigError(f"{option} {path}: there is no folder {path.parent}.") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{option} {path}: cannot write into this folder ({_reason(error)}).") from None
 
