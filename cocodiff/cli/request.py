@@ -13,6 +13,7 @@ from cocodiff.cli import files
 from cocodiff.cli.start import dtype_named
 from cocodiff.config import DEGREES, Config
 from cocodiff.errors import ConfigError
+from cocodiff.topology import load_cluster
 
 # Argument of a pipeline's call -> the option that gives it. `prompt` and the number of steps are always given.
 OPTIONS: Mapping[str, str] = {
@@ -121,8 +122,6 @@ class Request:
             if path is not None:
                 files.open_image(path, option)
         if config.cluster != "auto" and self.ranks is not None:
-            from cocodiff.topology import load_cluster
-
             load_cluster(config.cluster, ["host"] * self.ranks, "cpu")
 
     def check_ranks(self, ranks: int) -> None:
