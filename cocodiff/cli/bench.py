@@ -17,6 +17,8 @@ from cocodiff.cli.files import check_file, check_folder
 from cocodiff.cli.start import CLUSTER_HELP, DEVICE_HELP, MOST_RANKS, RANKS_HELP, say, start_ranks
 from cocodiff.cli.together import on_all_ranks, quiet_others, this_rank
 from cocodiff.errors import ConfigError
+from cocodiff.topology import load_cluster
+from cocodiff.topology.detect import check_name
 
 bench_app = typer.Typer(help="Measure several methods in turn within one run: seconds, bytes and limits.")
 
@@ -106,7 +108,7 @@ def bench(
     files = {"--json": json, "--plot": plot}
     meshes = (cfg_degree, ring_degree, ulysses_degree)
     asked = Asked(shape, scale, methods, tokens, text, width, heads, layers, dtype, meshes)
-    check = partial(_check, files, save)
+    check = partial(_check, files, save, cluster)
     if ranks is not None or this_rank()[1] == 1:
         asked.check()
         check()
@@ -124,6 +126,7 @@ def bench(
             check()
         if trace is not None:
             check_folder(trace, "--trace")
+        load_cluster(cluster, job.hosts, job.device.type)
         chosen = asked.model()
         check_memory(chosen, job, len(asked.names))
     say_main = say if job.is_main else (lambda text: None)
@@ -135,14 +138,16 @@ def bench(
     command = os.environ.get("EMULATED_COMMAND") or shlex.join(["cocodiff", *sys.argv[1:]])
     if str(json) == "-":
         print(results.as_json(result))
-        return
-    print(results.headline(result), *results.doubts(result), results.table(result), sep="\n\n")
-    if json is not None:
+    else:
+        print(results.headline(result), *results.doubts(result), results.table(result), sep="\n\n")
+    if json is not None and str(json) != "-":
         results.write(json, results.as_json(result))
     if plot is not None:
         results.plot(result, plot)
     if save is not None:
         print("saved", *results.save(result, save, command))
+    if all("error" in row for row in result["methods"].values()):
+        raise ConfigError("no method ran: the table says why.")
 
 
 @bench_app.command()
@@ -164,7 +169,7 @@ def collectives(
     quiet_others()
     if not patience > 0:
         raise ConfigError(f"--patience {patience} is not above 0.")
-    check = partial(_check, {"--out": out, "--json": json}, None)
+    check = partial(_check, {"--out": out, "--json": json}, None, cluster)
     if ranks is not None or this_rank()[1] == 1:
         check()
     if ranks is not None:
@@ -177,6 +182,7 @@ def collectives(
     with on_all_ranks(job, "checking the options"):
         if job.is_main and job.world_size > 1:
             check()
+        load_cluster(cluster, job.hosts, job.device.type)
     say_main = say if job.is_main else (lambda text: None)
     with job.watched("cocodiff bench collectives"):
         result, measured = run_collectives(job, cluster, largest, repeat, patience, say_main)
@@ -191,8 +197,9 @@ def collectives(
     print(f"written: {out}; use it with cocodiff.wrap(pipe, cluster={str(out)!r})")
 
 
-def _check(files: dict[str, Path | None], save: Path | None) -> None:
-    """Raise ConfigError if a result could not be written in the end. Looks at this host."""
+def _check(files: dict[str, Path | None], save: Path | None, cluster: str) -> None:
+    """Raise ConfigError for an unknown cluster, and if a result could not be written in the end. Looks at this host."""
+    check_name(cluster)
     plot = files.get("--plot")
     if plot is not None and plot.suffix.lower() != ".png":
         raise ConfigError(f"--plot {plot}: plots are PNG files: write plot.png.")
