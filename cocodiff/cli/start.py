@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -50,6 +51,8 @@ def start_ranks(ranks: int) -> int:
     if this_rank()[1] > 1:
         raise ConfigError(f"--ranks {ranks}: the launcher has started ranks already. Leave --ranks out.")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    for _, loopback in socket.if_nameindex()[:1]:  # else gloo, too, looks up the host's name
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks say themselves what failed
     try:
         run(parse_args(torchrun_arguments(ranks, sys.argv[1:])))
