@@ -242,6 +242,13 @@ def test_torchrun_gets_the_command_without_ranks_and_looks_up_no_name():
         assert arguments[arguments.index("--local-addr") + 1] == "127.0.0.1"
 
 
+def test_a_rank_that_the_system_ended_is_named(capsys):
+    from cocodiff.cli.start import _ended_by_signal
+
+    assert _ended_by_signal(1, 9) == 137
+    assert "rank 1 was ended by SIGKILL: the system may have run out of memory" in capsys.readouterr().err
+
+
 def test_ranks_of_ranks_are_refused(monkeypatch):
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
