@@ -24,7 +24,7 @@ def build_transformer(shape: Shape) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = getattr(diffusers, recipe.transformer)(**recipe.config(shape))
-    return model.to(getattr(torch, shape.dtype)).eval()
+    return nn.Module.to(model, getattr(torch, shape.dtype)).eval()  # diffusers' own `to` warns, naming no module
 
 
 def meta_transformer(shape: Shape) -> nn.Module:
