@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 
 from cocodiff.errors import ConfigError
 from cocodiff.topology import Cluster
+from cocodiff.topology.detect import check_name
 
 CHOICES = {"exchange": ("auto", "flat", "staged"), "schedule": ("v_first", "sequential")}
 DEGREES = ("cfg_degree", "ring_degree", "ulysses_degree")
@@ -52,7 +53,7 @@ class Selective:
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
                 hint = f" Write {name}={value}, no text." if isinstance(value, str) else ""
                 raise ConfigError(f"{name}={value!r} is not a number above 0, at most 1.{hint}")
-        if self.method not in METHODS:
+        if not isinstance(self.method, str) or self.method not in METHODS:
             raise ConfigError(f"method={self.method!r} is not one of {', '.join(METHODS)}.")
         if self.max_error is not None and self.method != "predicted":
             raise ConfigError(f"max_error={self.max_error!r}: method={self.method!r} does not heed it. Leave it out.")
@@ -135,6 +136,7 @@ class Config:
                 raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}.")
         if not isinstance(self.cluster, str | os.PathLike | Cluster):
             raise ConfigError(f"cluster={self.cluster!r} is neither a name, a path nor a cocodiff.Cluster.")
+        check_name(self.cluster)
         for name in (*DEGREES, "pieces"):
             count = getattr(self, name)
             if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
