@@ -32,7 +32,8 @@ class Selective:
         max_error: what the relative residual error of a step, measured at the senders, should not pass. After a step
             that passed it all later ones of the run carry more bits, a rung of `LADDER` more each time.
         method: one of `METHODS`; all but the first are there to compare.
-        warmup, refresh: of `v_major`: whole steps at the beginning, and every so many steps a whole one (0: never).
+        warmup: of `v_major`: whole steps at the beginning.
+        refresh: of `v_major`: every so many steps a whole one (0: never).
         check: compare the copies of both ends after each run, by a hash.
     """
 
@@ -116,8 +117,9 @@ class Config:
         pieces: into how many pieces a layer's rows are cut so that exchange and compute overlap; None lets the cost
             model decide.
 
-    >>> Config(exchange="staged").schedule
-    'v_first'
+    Examples:
+        >>> Config(exchange="staged").schedule
+        'v_first'
     """
 
     exchange: str = "auto"

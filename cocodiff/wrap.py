@@ -40,7 +40,7 @@ def wrap(
 
     On one rank nothing but the device changes. Collective: every rank calls it. Example:
 
-        pipe = cocodiff.wrap(FluxPipeline.from_pretrained(path, torch_dtype=torch.bfloat16))
+        pipe = cocodiff.wrap(FluxPipeline.from_pretrained(path, dtype=torch.bfloat16))
         image = pipe("a lighthouse at dusk").images[0]
         if pipe.cocodiff.is_main:
             image.save("lighthouse.png")
