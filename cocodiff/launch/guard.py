@@ -145,7 +145,7 @@ class Guard:
 
     def _leave(self, what: str, failure: BaseException | None) -> None:
         with self._changed:
-            self._inside = False
+            self._inside, self._in_step = False, None  # or this thread would keep the pipeline that it asks
             released = self._released_call == self._call
             self._released_call = self._call
             self._changed.notify_all()

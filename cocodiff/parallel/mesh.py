@@ -134,7 +134,9 @@ class Mesh:
 
     def close(self) -> None:
         """Free this mesh's own groups (not the host group). Collective."""
-        if self.backend == "gloo":  # others free theirs at exit: destroying subgroups is known to crash some
+        if (
+            self.backend == "gloo" and dist.is_initialized()
+        ):  # others free theirs at exit: destroying subgroups is known to crash some
             axes = (self.everyone, self.sequence, self.ulysses, self.ring, self.cfg)
             mine = {axis.ranks: axis.group for axis in axes if axis.group is not None}
             for group in (*mine.values(), *self.level_groups.values()):
