@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from importlib.util import find_spec
 from typing import Any
 
 from cocodiff.cli.request import OPTIONS, Request, check_call
 from cocodiff.cli.start import dtype_named
 from cocodiff.errors import CocodiffError, ConfigError
 
+NEEDED = {"WanImageToVideoPipeline": ("ftfy",)}  # packages that diffusers uses there without asking for them
 # A tiny pipeline of video would draw the released model's 81 frames of 480 x 832.
 TINY_CLIP = {"height": 64, "width": 64, "num_frames": 17}
 
@@ -86,6 +88,11 @@ def check_class(request: Request, found: type) -> bool:
     given = dict(request.call)
     given |= {name: path for name, path in (("image", request.image), ("mask_image", request.mask)) if path}
     parameters = _parameters(found)
+    if request.model == "tiny:qwen" and "" in (request.prompt, request.negative_prompt):
+        raise ConfigError("--model tiny:qwen makes no token of an empty text, and cannot attend to none. Write ' '.")
+    for package in NEEDED.get(found.__name__, ()):
+        if find_spec(package) is None:
+            raise ConfigError(f"{found.__name__} needs {package}: pip install 'cocodiff[video]'.")
     check_call(found.__name__, parameters, given)
     return "num_frames" in parameters
 

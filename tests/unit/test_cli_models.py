@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from cocodiff.cli import loading
 from cocodiff.cli.figures import RUN, STEP, describe, figures
 from cocodiff.cli.loading import TINY_CLIP, check_class, check_sizes, load, pipeline_class, pixel_steps
 from cocodiff.cli.request import Request, check_call
@@ -26,6 +27,7 @@ CASES = [  # family, options of the request, words; None where all is well
     ("sd3", {"negative_prompt": "b", "guidance": 1.0}, "--guidance above 1, which is 1 here"),
     ("sd3", {"true_cfg": 2.0}, "does not take --true-cfg"),
     ("qwen", {"negative_prompt": "b"}, None),
+    ("qwen", {"negative_prompt": ""}, "makes no token of an empty text"),
     ("wan", {"frames": 5}, None),
     ("wan", PICTURE, None),
     ("wan", PICTURE | {"strength": 0.5}, "WanImageToVideoPipeline does not take --strength"),
@@ -38,7 +40,9 @@ def _request(family, options):
 
 
 @pytest.mark.parametrize("family, options, words", CASES)
-def test_what_a_pipeline_does_not_take_is_refused_by_name(family, options, words):
+def test_what_a_pipeline_does_not_take_is_refused_by_name(monkeypatch, family, options, words):
+    monkeypatch.setattr(loading, "find_spec", lambda name: name)
+
     def check():
         request = _request(family, options)
         return check_class(request, pipeline_class(request))
@@ -48,6 +52,13 @@ def test_what_a_pipeline_does_not_take_is_refused_by_name(family, options, words
     else:
         with pytest.raises(ConfigError, match=words):
             check()
+
+
+def test_a_package_that_diffusers_would_miss_later_is_asked_for(monkeypatch):
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="WanImageToVideoPipeline needs ftfy: pip install"):
+        request = _request("wan", PICTURE)
+        check_class(request, pipeline_class(request))
 
 
 def test_what_a_pipeline_needs_is_asked_for():
