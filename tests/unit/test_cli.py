@@ -2,12 +2,15 @@
 
 import os
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from PIL import Image
 
 from cocodiff import cli
+from cocodiff.cli import together
 from cocodiff.cli.drawing import Drawing
 from cocodiff.cli.start import start_ranks, torchrun_arguments
 from cocodiff.errors import ConfigError
@@ -250,3 +253,30 @@ def test_ranks_of_ranks_are_refused(monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="Leave --ranks out"):
         start_ranks(2)
+
+
+def _everyone_says(monkeypatch, capsys, texts, patience_seconds):
+    """What ranks print that fail with these texts; None for one that does not fail."""
+    store, rank = dist.HashStore(), threading.local()
+    monkeypatch.setattr(together, "_store", lambda: store)
+    monkeypatch.setattr(together, "this_rank", lambda: (rank.number, len(texts)))
+
+    def fail(number, text):
+        rank.number = number
+        together.say_once(text, patience_seconds)
+
+    threads = [threading.Thread(target=fail, args=one) for one in enumerate(texts) if one[1] is not None]
+    for thread in reversed(threads):
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sorted(capsys.readouterr().err.splitlines())
+
+
+def test_an_error_of_all_ranks_is_said_once(monkeypatch, capsys):
+    assert _everyone_says(monkeypatch, capsys, ["bad", "bad", "bad"], 100.0) == ["cocodiff: bad"]
+
+
+def test_control_an_error_of_one_rank_is_not_lost(monkeypatch, capsys):
+    assert _everyone_says(monkeypatch, capsys, [None, "bad"], 0.5) == ["cocodiff (rank 1): bad"]
+    assert _everyone_says(monkeypatch, capsys, ["bad", "worse"], 100.0) == ["cocodiff (rank 1): worse", "cocodiff: bad"]

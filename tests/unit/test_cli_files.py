@@ -1,43 +1,13 @@
-"""What ranks say when they fail, and that nothing that was drawn is lost."""
+"""What was drawn is saved: by its suffix, or elsewhere where that is impossible."""
 
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch.distributed as dist
 from PIL import Image
 
-from cocodiff.cli import files, together
+from cocodiff.cli import files
 from cocodiff.errors import CocodiffError, ConfigError
-
-
-def _everyone_says(monkeypatch, capsys, texts, patience_seconds):
-    """What ranks print that fail with these texts; None for one that does not fail."""
-    store, rank = dist.HashStore(), threading.local()
-    monkeypatch.setattr(together, "_store", lambda: store)
-    monkeypatch.setattr(together, "this_rank", lambda: (rank.number, len(texts)))
-
-    def fail(number, text):
-        rank.number = number
-        together.say_once(text, patience_seconds)
-
-    threads = [threading.Thread(target=fail, args=one) for one in enumerate(texts) if one[1] is not None]
-    for thread in reversed(threads):
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return sorted(capsys.readouterr().err.splitlines())
-
-
-def test_an_error_of_all_ranks_is_said_once(monkeypatch, capsys):
-    assert _everyone_says(monkeypatch, capsys, ["bad", "bad", "bad"], 100.0) == ["cocodiff: bad"]
-
-
-def test_control_an_error_of_one_rank_is_not_lost(monkeypatch, capsys):
-    assert _everyone_says(monkeypatch, capsys, [None, "bad"], 0.5) == ["cocodiff (rank 1): bad"]
-    assert _everyone_says(monkeypatch, capsys, ["bad", "worse"], 100.0) == ["cocodiff (rank 1): worse", "cocodiff: bad"]
-
 
 PIXELS = np.linspace(0, 1, 16 * 16 * 3).reshape(16, 16, 3)
 
