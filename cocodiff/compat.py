@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cocodiff.errors import PatchError
+from cocodiff.errors import ConfigError, PatchError
 
 _HOOKS = ("_hf_hook", "_diffusers_hook")  # of accelerate and of diffusers: they act when a module is called
 # Whose functions may stand between a pipeline and attention. accelerate's move weights, peft's add adapters.
@@ -106,7 +106,10 @@ def _unwrapped(function: Any) -> Iterator[Any]:
 
 
 def refuse_modifications(transformer: Any, originals: Originals) -> None:
-    """Raise PatchError for what shards cannot follow: step caches, foreign functions and hooks, compilation."""
+    """Raise for what shards cannot follow: step caches, foreign functions and hooks, compilation.
+
+    PatchError, or ConfigError for an attention processor.
+    """
     named = list(transformer.named_modules())
     hooks = {name for _, module in named for name in getattr(vars(module).get("_diffusers_hook"), "hooks", ())}
     harmful = sorted(hooks - set(HARMLESS_HOOKS))
@@ -129,10 +132,11 @@ def refuse_modifications(transformer: Any, originals: Originals) -> None:
     for name, module in named:
         for what, function in _functions(module, inside=module is not transformer):
             if found := originals.foreign(function):
-                raise PatchError(
+                kind = ConfigError if what == "processor" else PatchError
+                raise kind(
                     f"{name or 'the transformer'} ({type(module).__name__}): its {what} is {found}, which is not "
                     "diffusers' own and would see one rank's tokens alone, or be passed by. Take it off (a forward "
-                    "hook may stay on the transformer itself), or run without cocodiff.wrap."
+                    "hook may stay on the transformer itself), or see docs/adding-a-model.md."
                 )
 
 
