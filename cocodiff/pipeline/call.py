@@ -128,9 +128,9 @@ def _run(pipeline: Any, original: Callable, args: tuple, kwargs: dict[str, Any])
             if call.mesh.cfg.size > 1 and not (family.batched or call.guided()):
                 text = "cfg_degree=2, but this call has no guidance: both halves of the ranks compute the same."
                 session.warn("idle half", text)
-            check_result(result, call, name)
             session.settle()
         with job.watched("the report of a call"):  # a rank that waits in the other for one that is here must hear it
+            check_result(result, call, name)
             handle.last_report = call_report(call, before)
         return result
     finally:
