@@ -10,7 +10,7 @@ from cocodiff.cli import files
 from cocodiff.cli.figures import RUN, STEP, describe, figures
 from cocodiff.cli.loading import TINY_CLIP, check_class, check_sizes, load, pipeline_class
 from cocodiff.cli.request import Request
-from cocodiff.cli.start import say
+from cocodiff.cli.start import first_line, say
 from cocodiff.cli.together import on_all_ranks, this_rank
 from cocodiff.errors import CocodiffError, ConfigError
 
@@ -121,12 +121,12 @@ class Drawing:
         except CocodiffError:
             raise
         except ValueError as error:
-            raise ConfigError(f"{type(pipe).__name__}: {_first_line(error)} --verbose says where.") from error
+            raise ConfigError(f"{type(pipe).__name__}: {first_line(error)} --verbose says where.") from error
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and "allocate" not in str(error):
                 raise
             text = "the memory of a rank does not suffice: draw a smaller picture, or on more ranks"
-            raise ConfigError(f"{text} ({_first_line(error)})") from error
+            raise ConfigError(f"{text} ({first_line(error)})") from error
         return result.frames if hasattr(result, "frames") else result.images
 
     def _say_what_comes(self, found: type, clip: bool) -> None:
@@ -171,10 +171,6 @@ def shared_image(path: Any, job: Any) -> Any:
             pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(height, width, 3)
         dist.broadcast(pixels, group=job.host_group, group_src=0)
     return Image.fromarray(pixels.numpy())
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
 
 
 def _difference(picture: Any, expected: Any) -> str:

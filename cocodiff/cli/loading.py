@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
 from cocodiff.cli.request import OPTIONS, Request, check_call
-from cocodiff.cli.start import dtype_named
+from cocodiff.cli.start import dtype_named, first_line
 from cocodiff.errors import CocodiffError, ConfigError
 
 NEEDED = {"WanImageToVideoPipeline": ("ftfy",)}  # packages that diffusers uses there without asking for them
@@ -117,20 +119,16 @@ def _tasks(family: str) -> dict[str, str]:
     return dict(family_named(family).part("small").SMALL.tasks)
 
 
-class _as_config_error:
+@contextmanager
+def _as_config_error(what: str) -> Iterator[None]:
     """While inside, errors of libraries become a ConfigError in one line; the original is its cause."""
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception) and not isinstance(error, CocodiffError):
-            said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-            words = f"{type(error).__name__}: {said}"[:300]
-            raise ConfigError(f"{self.what}: cannot be loaded ({words}). --verbose says more.") from error
+    try:
+        yield
+    except CocodiffError:
+        raise
+    except Exception as error:
+        words = f"{type(error).__name__}: {first_line(error)}"
+        raise ConfigError(f"{what}: cannot be loaded ({words}). --verbose says more.") from error
 
 
 def check_sizes(request: Request, pipe: Any, call: dict[str, Any]) -> None:

@@ -51,8 +51,9 @@ def start_ranks(ranks: int) -> int:
     if this_rank()[1] > 1:
         raise ConfigError(f"--ranks {ranks}: the launcher has started ranks already. Leave --ranks out.")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    for _, loopback in socket.if_nameindex()[:1]:  # else gloo, too, looks up the host's name
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+    loopbacks = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
+    if loopbacks:  # else gloo, too, looks up the host's name
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopbacks[0])
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks say themselves what failed
     try:
         run(parse_args(torchrun_arguments(ranks, sys.argv[1:])))
@@ -86,6 +87,11 @@ def _ended_by_signal(rank: int, number: int) -> int:
     hint = ": the system may have run out of memory" if number == signal.SIGKILL else ""
     print(f"cocodiff: rank {rank} was ended by {name}{hint}.", file=sys.stderr)
     return 128 + number
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error of a library that says something, else its type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
 
 
 def say(text: str) -> None:
