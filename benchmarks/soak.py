@@ -8,10 +8,9 @@ descriptors, process groups and resident memory are counted.
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +53,7 @@ def _full(*_: Any) -> dict[str, Any]:
 
 def run(calls: int, drops: int, failures: int) -> list[dict[str, Any]]:
     """All rounds. Collective. Every tenth call of the mixed ones has its figures, every drop and failure its own."""
-    cluster = cocodiff.Cluster("soak", (cocodiff.Level("node", dist_size(), 1e-4, 1e-6, slow=True),))
+    cluster = cocodiff.Cluster("soak", (cocodiff.Level("node", None, 1e-4, 1e-6, slow=True),))
     kinds = dict.fromkeys(  # in one order on all ranks
         tuple((name, value) for name, value in one.items() if name in ("transmission", "ring_degree")) for one in CALLS
     )
@@ -77,10 +76,6 @@ def run(calls: int, drops: int, failures: int) -> list[dict[str, Any]]:
         _wrapped()("a red circle", num_inference_steps=1, output_type="latent")
         seen.append(counted("drops"))
     return seen
-
-
-def dist_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def plot(seen: list[dict[str, Any]], path: Path) -> None:
@@ -114,5 +109,9 @@ def main(calls: int, drops: int, failures: int, folder: Path | None = None) -> N
 
 
 if __name__ == "__main__":
-    counts = [int(one) for one in sys.argv[1:4]] or [200, 60, 20]
-    main(counts[0], counts[1], counts[2], Path(sys.argv[4]) if sys.argv[4:] else None)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, count in {"calls": 200, "drops": 60, "failures": 20}.items():
+        parser.add_argument(name, type=int, nargs="?", default=count)
+    parser.add_argument("folder", type=Path, nargs="?")
+    args = parser.parse_args()
+    main(args.calls, args.drops, args.failures, args.folder)
