@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,7 @@ from typing import Any
 import pytest
 
 import cocodiff
-from tests.distributed.ranks import run_programs, torchrun_variables, without_launcher
-from tests.house import ROOT
+from tests.distributed.ranks import run_programs, torchrun_variables
 from tests.pages import Block, all_blocks, commands
 
 PYTHON = [block for block in all_blocks() if block.language == "python" and block.kind == "run"]
@@ -71,23 +68,3 @@ def test_shell(block: Block, tmp_path: Path) -> None:
         assert set(statuses) == {0}, output
         printed += "".join(output)
     check_left(block, tmp_path, printed)
-
-
-@pytest.mark.distributed
-def test_demo(tmp_path: Path) -> None:
-    """scripts/demo in a folder where this interpreter stands for .venv, on two ranks and with two steps."""
-    for name in ("pyproject.toml", "setup.py"):
-        shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
-    (tmp_path / ".venv").mkdir()
-    (tmp_path / ".venv" / "bin").symlink_to(Path(sys.executable).parent)
-    read = "".join((tmp_path / name).read_text() for name in ("pyproject.toml", "setup.py"))
-    key = subprocess.run(["cksum"], input=read, capture_output=True, text=True, check=True).stdout.strip()
-    (tmp_path / ".venv" / ".installed-demo").write_text(f"{key} {tmp_path}\n")
-    done = subprocess.run(
-        ["scripts/demo", "--steps", "2", "--ranks", "2"], cwd=tmp_path, capture_output=True, text=True, timeout=280,
-        env=without_launcher(os.environ),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "installing" not in done.stdout and (tmp_path / "demo.png").stat().st_size > 500
-    assert float(done.stdout.split("relative error ")[1].split()[0]) < 1e-5, done.stdout

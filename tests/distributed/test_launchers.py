@@ -1,6 +1,6 @@
 """A script under torchrun and mpiexec, from the outside: one run that succeeds and one that fails, each.
 
-The one that succeeds under torchrun is `cocodiff generate --ranks 2`, in test_generate.py. How ranks join and end in
+The one that succeeds under torchrun is `scripts/demo`, in test_generate.py. How ranks join and end in
 other cases is tested without launchers, in test_ending.py.
 """
 
