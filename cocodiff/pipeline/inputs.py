@@ -23,9 +23,9 @@ def last_bits(dtype: torch.dtype) -> float:
 def compare_inputs(call: CallState, transformer: object, given: dict[str, Any]) -> None:
     """Find ranks that compute from different tensors: at once in the first forward, later ones at the end of the call.
 
-    Where the first inputs differ in the last bits alone, all ranks go on with those of rank 0, and only larger
-    differences count from there on. Of two branches on two halves, the second forward is compared by those who compute
-    it: the others are still at the first. Collective.
+    Where the first inputs differ in the last bits alone, all ranks go on with those of rank 0, in each branch of
+    guidance, and only larger differences count from there on. Of two branches on two halves, the second forward is
+    compared by those who compute it: the others are still at the first. Collective.
     """
     second = call.first_branch is not None
     if not second:
@@ -37,13 +37,13 @@ def compare_inputs(call: CallState, transformer: object, given: dict[str, Any]) 
     ranks = call.connected.sequence if second else call.connected.everyone
     seen, limit = call.differing.setdefault(transformer, []), last_bits(call.dtype)
     seen.append(differs_much(tensors, ranks, limit) if call.rounded else differs(tensors, ranks))
-    if len(seen) > 1:
-        return
-    if not call.rounded and bool(seen[0]):
-        call.rounded, seen[0] = True, differs_much(tensors, ranks, limit)
-        if not bool(seen[0]):
-            _take_from_first(tensors, ranks)
-    check_inputs(call)
+    if len(seen) == 1:
+        if not call.rounded and bool(seen[0]):
+            call.rounded, seen[0] = True, differs_much(tensors, ranks, limit)
+        check_inputs(call)
+    other_begins = len(seen) == 2 and (second or (call.guided() and call.mesh.cfg.size == 1))
+    if call.rounded and (len(seen) == 1 or other_begins):
+        _take_from_first(tensors, ranks)
 
 
 def _take_from_first(tensors: Sequence[Tensor], ranks: Transport) -> None:

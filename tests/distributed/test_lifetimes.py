@@ -69,6 +69,8 @@ def _failed():
     with pytest.raises(OSError, match="disk full"):
         pipe(**flux_call("text2image"), callback_on_step_end=full)
     images = pipe(**flux_call("text2image")).images  # and all is well again
+    with pytest.raises(OSError, match="disk full"):
+        pipe(**flux_call("text2image"), callback_on_step_end=full)
     weights = weakref.ref(pipe.transformer)
     del pipe
     gc.collect()
