@@ -41,7 +41,6 @@ class ShardedForward:
 
     Attributes:
         users: wrapped pipelines that share the transformer.
-        inside: whether this rank is inside the forward, where every other rank must be, too.
     """
 
     def __init__(
@@ -55,7 +54,7 @@ class ShardedForward:
         attentions: Sequence[nn.Module],
         patches: Patches,
     ) -> None:
-        self.session, self.transformer, self.users, self.inside = session, transformer, 1, False
+        self.session, self.transformer, self.users = session, transformer, 1
         self.patches, self._family, self._facts, self._forward, self._row = patches, family, facts, forward, row
         self._signature = inspect.signature(forward)
         self._attentions: list[tuple[Any, Any]] = [(attn, attn.processor) for attn in attentions]
@@ -64,11 +63,7 @@ class ShardedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.session.job.watched("the transformer's forward"):
-            self.inside = True
-            try:
-                return self._run(*args, **kwargs)
-            finally:
-                self.inside = False
+            return self._run(*args, **kwargs)
 
     @contextmanager
     def in_call(self, call: CallState) -> Iterator[None]:

@@ -14,9 +14,11 @@ from cocodiff.errors import LaunchError
 from cocodiff.launch import Guard, Ranks, backend, check_backend, choose_backend, join, local_device
 from cocodiff.launch.backend import serves
 from cocodiff.launch.rendezvous import open_store
+from cocodiff.launch.waits import Waits
 
 ONE = Ranks(0, 0, 1, 1, "none")
 TWO = Ranks(1, 1, 2, 2, "pmi")
+QUICK = Waits(start_seconds=0.5)
 
 
 def fake_mpi(monkeypatch: pytest.MonkeyPatch, rank: int, size: int) -> None:
@@ -186,19 +188,19 @@ def test_join_refuses_a_backend_that_cannot_serve(name, device, words):
 
 def test_no_address_and_no_mpi4py_names_the_cure(no_master, no_mpi):
     with pytest.raises(LaunchError, match=r'mpi4py.*pip install "cocodiff\[mpi\]", or set MASTER_ADDR and MASTER_PORT'):
-        open_store(TWO, 5)
+        open_store(TWO, QUICK)
 
 
 def test_no_address_under_torchruns_variables_names_the_cure(no_master):
     with pytest.raises(LaunchError, match="MASTER_ADDR and MASTER_PORT are not: set them"):
-        open_store(Ranks(1, 1, 2, 2, "torchrun"), 5)
+        open_store(Ranks(1, 1, 2, 2, "torchrun"), QUICK)
 
 
 @pytest.mark.parametrize("launcher", ["pmi", "slurm"])
 def test_a_foreign_mpi_is_named(launcher, no_master, monkeypatch):
     fake_mpi(monkeypatch, 0, 1)
     with pytest.raises(LaunchError, match=r"started 4 ranks.*MPI library Some MPI 1\.2 sees 0 of 1.*MASTER_ADDR"):
-        open_store(Ranks(0, 0, 4, 4, launcher), 5)
+        open_store(Ranks(0, 0, 4, 4, launcher), QUICK)
 
 
 @pytest.mark.parametrize(("port", "words"), [("99999", "99999"), ("port", "port"), ("1", "timed out")])
@@ -207,7 +209,7 @@ def test_a_bad_address_is_named(port, words, monkeypatch):
     monkeypatch.setenv("MASTER_PORT", port)
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     with pytest.raises(LaunchError, match=rf"MASTER_ADDR=127\.0\.0\.1 MASTER_PORT={port}.*{words}"):
-        open_store(TWO, 0.5)
+        open_store(TWO, QUICK)
 
 
 def test_a_guard_reports_and_raises_on():
