@@ -18,8 +18,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from cocodiff.errors import LaunchError, UsageError
+from cocodiff.launch.leaving import leave_after_failure
 from cocodiff.launch.mailbox import Mailbox
-from cocodiff.launch.mpi import leave_without_waiting
 from cocodiff.launch.presence import Lookout, View
 from cocodiff.launch.waits import Waits
 from cocodiff.launch.words import printable, rank_words
@@ -128,7 +128,7 @@ class Guard:
     def _at_exit(self) -> None:
         self.close()
         if self._last_failed or hasattr(sys, "last_value"):  # an exception ends the interpreter
-            leave_without_waiting()
+            leave_after_failure()
 
     def _enter(self, what: str) -> bool:
         """Count this call, or a part of the call that this rank is in. Return whether it is a call."""

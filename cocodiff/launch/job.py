@@ -25,7 +25,7 @@ from cocodiff.launch.backend import (
     shared_devices,
 )
 from cocodiff.launch.guard import Guard
-from cocodiff.launch.join import join, let_idle
+from cocodiff.launch.join import check_existing, join, let_idle
 from cocodiff.launch.mpi import leave_without_waiting
 from cocodiff.launch.ranks import Ranks, discover
 from cocodiff.launch.rendezvous import host_digest
@@ -133,7 +133,7 @@ def _start_in_group(device: str | torch.device | None, ranks: Ranks, waits: Wait
         return Job(0, 1, local_device(device, ranks), "torch.distributed", (socket.gethostname(),))
     if kind.type == "cuda":
         os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")  # the group may not have connected yet
-    join(ranks, choose_backend(kind.type)[0], kind)  # only checks the group
+    check_existing(ranks, kind.type)
     host_group = _host_group(waits)
     rank, names = dist.get_rank(), gather_json([host_digest().hex(), current_index(kind.type)], host_group)
     digests = [digest for digest, _ in names]

@@ -43,8 +43,7 @@ def join(
     if not dist.is_available():
         raise LaunchError("this torch was built without torch.distributed: install a build that has it")
     if dist.is_initialized():
-        _check_existing(ranks)
-        check_backend(device.type)
+        check_existing(ranks, device.type)
         return
     parts = _by_device(backend)
     name = parts.get(device.type, parts.get("", ""))
@@ -117,7 +116,8 @@ def _no_service(backend: str, device_type: str) -> str:
     )
 
 
-def _check_existing(ranks: Ranks) -> None:
+def check_existing(ranks: Ranks, device_type: str) -> None:
+    """Raise `LaunchError` unless the default group, which must exist, has the launcher's ranks and suits the device."""
     import torch.distributed as dist
 
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -127,6 +127,7 @@ def _check_existing(ranks: Ranks) -> None:
             f"({ranks.launcher}) says {ranks.rank} of {ranks.world_size}: initialise torch.distributed over "
             "all ranks, or not at all"
         )
+    check_backend(device_type)
 
 
 def _agree(store: dist.Store, ranks: Ranks, choice: list[str | None], waits: Waits) -> None:

@@ -177,8 +177,10 @@ class Lookout:
             if beat >= 0 and not view.left(rank) and now - since >= min(waits.notice_seconds, waits.silent_seconds)
         }
         awaited: dict[str, dict[int, float]] = {"absent": {}, "busy": {}}
+        alive_seconds = min(waits.notice_seconds, max(waits.notice_seconds / 3, _MOST_SECONDS_A_LOOK))
         for rank, (as_what, _, since) in self._awaited.items():
-            if as_what and rank not in silent:
+            beat, beat_since = self._beats[rank]
+            if as_what and (beat < 0 or now - beat_since < alive_seconds):
                 awaited[as_what][rank] = now - since
         dead = [rank for rank, seconds in silent.items() if seconds >= waits.silent_seconds]
         if dead:

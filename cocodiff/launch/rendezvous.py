@@ -44,8 +44,6 @@ def open_store(ranks: Ranks, waits: Waits) -> dist.Store:
 
 
 def _open_store_at(address: str, port: str, ranks: Ranks, waits: Waits) -> dist.Store:
-    import torch.distributed as dist
-
     timeout = timedelta(seconds=waits.start_seconds)
     at = f"MASTER_ADDR={address} MASTER_PORT={port}"
     said = f"cocodiff: rank {ranks.rank} has waited {waits.notice_seconds:g} s for the others at {at}\n"
@@ -53,22 +51,19 @@ def _open_store_at(address: str, port: str, ranks: Ranks, waits: Waits) -> dist.
     notice.daemon = True
     notice.start()
     try:
-        listener = _listen(address, int(port)) if ranks.rank == 0 and not _agent_has_store() else None
-        if listener is not None:
-            return _tcp_store(address, int(port), ranks, timeout, listener, multi_tenant=True)
-        # torch reads the variables itself, because under torchrun the agent holds the store, not rank 0.
-        return next(iter(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=timeout)))[0]
-    except (RuntimeError, ValueError, OverflowError) as error:
+        number = int(port)
+        if not 0 < number < 2**16:
+            raise ValueError(f"{number} is no port")
+        # Under torchrun the agent holds the store, not rank 0.
+        holds = ranks.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
+        return _tcp_store(address, number, ranks, timeout, holds, _listen(address, number) if holds else None)
+    except (RuntimeError, ValueError) as error:
         raise LaunchError(
             f"rank {ranks.rank} of {ranks.world_size} cannot meet the others at {at} ({error}): the address must be "
             "rank 0's, reachable from here, and the port free there"
         ) from error
     finally:
         notice.cancel()
-
-
-def _agent_has_store() -> bool:
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
 
 
 def _open_store_by_mpi(ranks: Ranks, waits: Waits, address: str | None) -> dist.Store:
@@ -88,7 +83,7 @@ def _open_store_by_mpi(ranks: Ranks, waits: Waits, address: str | None) -> dist.
         try:
             # The port is bound before its number is sent, so that no other process can take it in between.
             address = address or _own_address()
-            store = _tcp_store(address, 0, ranks, connect, _listen(address, 0))
+            store = _tcp_store(address, 0, ranks, connect, True, _listen(address, 0))
             message[:2] = store.port.to_bytes(2, "big")
             text = address.encode()[:_ADDRESS_BYTES]
             message[2 : 2 + len(text)] = text
@@ -101,7 +96,7 @@ def _open_store_by_mpi(ranks: Ranks, waits: Waits, address: str | None) -> dist.
         raise LaunchError(f"rank 0 could not open a store for the others ({failure or 'see its output'}): {_CURE}")
     if store is None:
         try:
-            store = _tcp_store(address, port, ranks, connect)
+            store = _tcp_store(address, port, ranks, connect, False)
         except RuntimeError as error:
             raise LaunchError(
                 f"rank {ranks.rank} cannot reach rank 0 at {address}:{port} ({error}): set MASTER_ADDR to an "
@@ -159,19 +154,20 @@ def _tcp_store(
     port: int,
     ranks: Ranks,
     timeout: timedelta,
+    holds: bool,
     listener: socket.socket | None = None,
-    multi_tenant: bool = False,
 ) -> dist.TCPStore:
+    """Open the store, which this process holds or reaches. One process may open it again at the same port."""
     import torch.distributed as dist
 
     return dist.TCPStore(
         address,
         port if listener is None else listener.getsockname()[1],
         ranks.world_size,
-        is_master=ranks.rank == 0,
+        is_master=holds,
         timeout=timeout,
         wait_for_workers=False,
-        multi_tenant=multi_tenant,
+        multi_tenant=True,
         master_listen_fd=None if listener is None else listener.detach(),  # the store closes it
     )
 
