@@ -1,8 +1,9 @@
 """The row of a transformer's blocks: their forwards on shards, and what is handed on to the next ahead of its call.
 
 Rows that one block has finished enter the next block at once, before that one is called. When it is called with
-exactly the tensors that were handed on, its exchanges are under way. With others (a ControlNet adds to them in between)
-what went ahead is dropped, and nothing more goes ahead in this forward of the transformer.
+exactly the tensors that were handed on, its exchanges are under way. With others (a ControlNet adds to them in
+between), or where something was written into them, what went ahead is dropped, and nothing more goes ahead in
+this forward of the transformer.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class RowForward:
 
     def __init__(self, blocks: Sequence[Block], whole: Mapping[str, str], state: ForwardState) -> None:
         self._blocks, self._whole, self._state = blocks, whole, state
-        self._handed: tuple[int, list[Any], LayerInFlight] | None = None
+        self._handed: tuple[int, list[Any], list[int], LayerInFlight] | None = None
         self._go_ahead = True
 
     def run(self, index: int, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, ...] | Tensor:
@@ -105,13 +106,14 @@ class RowForward:
         ahead = self._next(index, in_flight, arguments)
         outputs = joined(attention(in_flight, ahead))
         if ahead is not None:
-            self._handed = index + 1, [*outputs, *arguments.values()], ahead
+            given = [*outputs, *arguments.values()]
+            self._handed = index + 1, given, _versions(given), ahead
         return _returned(outputs)
 
     def end(self) -> None:
         """The forward has ended well: what was handed on to a block that was not called is dropped."""
         if self._handed is not None:
-            self._handed[2].drop()
+            self._handed[-1].drop()
 
     def _layer(self, block: Block, arguments: Mapping[str, Any]) -> Layer:
         return block.make_layer(self._state.tokens, block.module, arguments)
@@ -126,8 +128,8 @@ class RowForward:
         handed, self._handed = self._handed, None
         if handed is None:
             return None
-        expected, before, in_flight = handed
-        same = index == expected and len(before) == len(arguments)
+        expected, before, versions, in_flight = handed
+        same = index == expected and len(before) == len(arguments) and versions == _versions(before)
         if same and all(a is b for a, b in zip(before, arguments, strict=True)):
             return in_flight
         self._go_ahead = False
@@ -145,6 +147,11 @@ class RowForward:
             return None
         ahead = LayerInFlight(self._state, self._layer(block, arguments))
         return ahead if ahead.pieces == in_flight.pieces else None
+
+
+def _versions(values: Sequence[Any]) -> list[int]:
+    """How often each tensor was written to; those of inference mode do not count that."""
+    return [x._version for x in values if isinstance(x, Tensor) and not x.is_inference()]
 
 
 def _cut(streams: Sequence[Tensor], rows: slice) -> tuple[Tensor, ...]:

@@ -1,22 +1,24 @@
-"""Everything known of what others put onto pipelines (hooks, offload, adapters, caches), and our reversible patches.
+"""Everything known of what others put onto pipelines: hooks, offload, adapters, caches, functions of their own.
 
-Hooks of accelerate and diffusers move a module's forward aside and call it there, so that an attribute of ours may be
-found in other places than where it was set.
+What cocodiff bypasses, or runs on one rank's tokens, must be what diffusers wrote: `refuse_modifications`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from types import MethodType
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cocodiff.errors import PatchError
 
-_ABSENT = object()
 _HOOKS = ("_hf_hook", "_diffusers_hook")  # of accelerate and of diffusers: they act when a module is called
+# Whose functions may stand between a pipeline and attention. accelerate's move weights, peft's add adapters.
+_TRUSTED = ("cocodiff", "diffusers", "torch", "accelerate", "peft")
 
 # Hooks of diffusers that move or cast weights; all others skip, replace or look at whole sequences.
 HARMLESS_HOOKS = (
@@ -45,51 +47,60 @@ def is_offloaded(part: object) -> bool:
     return hasattr(part, "_hf_hook")
 
 
-def sample_weights(module: nn.Module) -> Tensor:
-    """A few values of each parameter: enough to tell other weights, and adapters, from these."""
-    with torch.no_grad():
-        sample = [p.flatten()[:8].to(torch.float32) for p in module.parameters() if not p.is_meta]
-        return torch.cat(sample).cpu() if sample else torch.zeros(0, device="cpu")
-
-
-def describe_adapters(module: nn.Module) -> list[str]:
-    """Which adapters are active where, and how strongly; their weights are parameters."""
-    tuned = [(name, part) for name, part in module.named_modules() if hasattr(part, "active_adapters")]
-    return [f"{name} {part.active_adapters} {getattr(part, 'scaling', '')}" for name, part in tuned if name]
-
-
 def own_forward(module: nn.Module) -> Any:
     """A module's forward, below accelerate's hook if there is one."""
     return vars(module).get("_old_forward", module.forward)
 
 
-def carriers(transformer: nn.Module, attentions: Sequence[nn.Module]) -> list[nn.Module]:
-    """The attention modules and what contains them, without the transformer itself: they see one rank's tokens."""
-    ours = {id(module) for module in attentions}
-    paths = [name.split(".") for name, module in transformer.named_modules() if id(module) in ours]
-    names = {".".join(path[: depth + 1]) for path in paths for depth in range(len(path))}
-    return [transformer.get_submodule(name) for name in sorted(names)]
+class Originals:
+    """Tells functions of diffusers, and of what it stands on, from those of others by the files they are in."""
+
+    def __init__(self) -> None:
+        specs = [importlib.util.find_spec(name) for name in _TRUSTED]
+        origins = [os.path.dirname(__file__), *(os.path.dirname(one.origin) for one in specs if one and one.origin)]
+        self._roots = tuple(os.path.realpath(origin) + os.sep for origin in origins)
+        self._trusted: dict[Any, bool] = {}  # function -> whether it is theirs
+
+    def foreign(self, function: Any) -> str | None:
+        """Name and file of what somebody else wrote in this function, or in what it wraps; None where nothing is."""
+        for one in _unwrapped(function):
+            if one not in self._trusted:
+                file = os.path.realpath(one.__code__.co_filename)
+                self._trusted[one] = file.startswith(self._roots)
+            if not self._trusted[one]:
+                return f"{one.__qualname__} of {one.__code__.co_filename}"
+        return None
 
 
-def refuse_modifications(transformer: Any, carriers: Sequence[nn.Module]) -> None:
-    """Raise PatchError for step caches, hooks on blocks, compilation, quantisation and other parallelism."""
-    modules = list(transformer.modules())
-    hooks = {name for module in modules for name in getattr(vars(module).get("_diffusers_hook"), "hooks", ())}
-    compiled = [m for m in modules if getattr(m, "_compiled_call_impl", None) or type(m).__name__ == "OptimizedModule"]
-    compiled += [m for m in modules if hasattr(vars(m).get("forward"), "_torchdynamo_orig_callable")]
+def _unwrapped(function: Any) -> Iterator[Any]:
+    """The functions with code that a callable consists of: partial objects, bound methods and decorators taken off."""
+    todo = [function]
+    while todo:
+        one = todo.pop()
+        if isinstance(one, functools.partial | MethodType):
+            todo.append(one.func if isinstance(one, functools.partial) else one.__func__)
+        elif hasattr(one, "__code__"):
+            yield one
+        elif not isinstance(one, type) and hasattr(type(one).__call__, "__code__"):
+            yield type(one).__call__
+        if hasattr(one, "__dict__") and "__wrapped__" in vars(one):
+            todo.append(vars(one)["__wrapped__"])
+
+
+def refuse_modifications(transformer: Any, originals: Originals) -> None:
+    """Raise PatchError for what shards cannot follow: step caches, foreign functions and hooks, compilation."""
+    named = list(transformer.named_modules())
+    hooks = {name for _, module in named for name in getattr(vars(module).get("_diffusers_hook"), "hooks", ())}
+    harmful = sorted(hooks - set(HARMLESS_HOOKS))
     reasons = {
         "a step cache is enabled": bool(getattr(transformer, "is_cache_enabled", False))
         and "each rank would decide by its own tokens whether to skip a block, and ranks that disagree hang. "
         "Call transformer.disable_cache()",
-        f"the hooks {', '.join(sorted(hooks - set(HARMLESS_HOOKS)))} of diffusers are set": hooks - set(HARMLESS_HOOKS)
+        f"the hooks {', '.join(harmful)} of diffusers are set": harmful
         and "they skip, keep or look at whole sequences, and ranks that decide differently hang. Remove them",
-        "a block or an attention module has forward hooks": any(
-            m._forward_hooks or m._forward_pre_hooks for m in carriers
-        )
-        and "they would see one rank's tokens alone. Remove them, or hook the transformer or its linear layers",
         "diffusers' own parallelism is enabled": getattr(transformer, "_parallel_config", None) is not None
         and "it would split what is split already. Do not call enable_parallelism",
-        "the transformer is compiled": compiled
+        "the transformer is compiled": any(_is_compiled(module) for _, module in named)
         and "exchanges run in lanes that torch.compile cannot see. Do not compile it",
         "the transformer is quantised": getattr(transformer, "hf_quantizer", None) is not None
         and "activations quantised per tensor would depend on which tokens a rank holds. Load it unquantised",
@@ -97,69 +108,36 @@ def refuse_modifications(transformer: Any, carriers: Sequence[nn.Module]) -> Non
     for what, reason in reasons.items():
         if reason:
             raise PatchError(f"{what}, but {reason}.")
-
-
-@dataclass(frozen=True)
-class _Patch:
-    instance: Any
-    name: str
-    before: Any
-    ours: Any
-    may_be_replaced: bool
-
-    def places(self) -> Iterator[tuple[Any, str]]:
-        """Where an attribute may be now: hooks of accelerate and diffusers move a forward aside and call it there."""
-        yield self.instance, self.name
-        yield self.instance, f"_old_{self.name}"
-        for reference in getattr(vars(self.instance).get("_diffusers_hook"), "_fn_refs", ()):
-            yield reference, "forward"
-            yield reference, "original_forward"
-
-    def find(self) -> tuple[Any, str] | None:
-        return next((place for place in self.places() if vars(place[0]).get(place[1], _ABSENT) is self.ours), None)
-
-
-class Patches:
-    """A list of attributes set on instances, and how to take them back.
-
-    >>> from types import SimpleNamespace
-    >>> thing, patches = SimpleNamespace(colour="red"), Patches()
-    >>> patches.set(thing, "colour", "blue"); patches.undo(); thing.colour
-    'red'
-    """
-
-    def __init__(self) -> None:
-        self._done: list[_Patch] = []
-
-    def set(self, instance: Any, name: str, value: Any, *, may_be_replaced: bool = False) -> None:
-        """Set an attribute; under accelerate's hook, if there is one, so that removing the hook leaves it in place.
-
-        One that may be replaced later by others is left to them by `check` and `undo`.
-        """
-        holder = f"_old_{name}" if f"_old_{name}" in vars(instance) else name
-        self._done.append(_Patch(instance, name, vars(instance).get(holder, _ABSENT), value, may_be_replaced))
-        setattr(instance, holder, value)
-
-    def check(self) -> None:
-        """PatchError where something of ours is no longer in place."""
-        for patch in self._done:
-            if patch.find() is None and not patch.may_be_replaced:
+    for name, module in named:
+        for what, function in _functions(module, inside=module is not transformer):
+            if found := originals.foreign(function):
                 raise PatchError(
-                    f"{type(patch.instance).__name__}.{patch.name} was replaced after cocodiff.wrap. Take off what was "
-                    "added later (hooks, compilation, caches); or unwrap(pipe) before it is added and wrap(pipe) after."
+                    f"{name or 'the transformer'} ({type(module).__name__}): its {what} is {found}, which is not "
+                    "diffusers' own and would see one rank's tokens alone, or be passed by. Take it off (a forward "
+                    "hook may stay on the transformer itself), or run without cocodiff.wrap."
                 )
 
-    def undo(self) -> None:
-        """Take everything back, last change first. PatchError, with nothing undone, where others patched over ours."""
-        self.check()
-        for patch in reversed(self._done):
-            place = patch.find()
-            if place is None:
-                continue
-            if patch.before is _ABSENT and place == (patch.instance, patch.name):
-                delattr(*place)
-            else:
-                by_class = patch.before is _ABSENT
-                value = getattr(type(patch.instance), patch.name).__get__(patch.instance) if by_class else patch.before
-                setattr(*place, value)
-        self._done.clear()
+
+def _is_compiled(module: nn.Module) -> bool:
+    marked = getattr(module, "_compiled_call_impl", None) or type(module).__name__ == "OptimizedModule"
+    return bool(marked) or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+
+
+def _functions(module: nn.Module, inside: bool) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """What runs when a module is called. `inside`: it is a part of the transformer, where hooks see shards."""
+    yield "forward", type(module).forward
+    own = vars(module)
+    if "forward" in own:
+        yield "forward", own["forward"]
+    if "processor" in own:
+        yield "processor", type(own["processor"]).__call__
+    if inside:
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            yield "forward hook", hook
+
+
+def is_on_disk(module: nn.Module) -> bool:
+    """Whether group offloading keeps weights of this module in files: what is in memory then means nothing."""
+    registries = [vars(part).get("_diffusers_hook") for part in module.modules()]
+    groups = [getattr(getattr(one, "hooks", {}).get("group_offloading"), "group", None) for one in registries]
+    return any(getattr(group, "offload_to_disk_path", None) is not None for group in groups)

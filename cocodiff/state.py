@@ -7,10 +7,13 @@ when they begin, passed down as arguments, and dropped when they end.
 from __future__ import annotations
 
 import logging
+import threading
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,7 +47,8 @@ class Session:
         transport: makes the transport of a group.
 
     Attributes:
-        users: transformers that run on it; the last one closes it.
+        users: transformers that run on it; the last one closes it. It also ends when nobody has it any more.
+        busy: held while a call runs.
         bytes: what was sent, ever.
         timeline: gets every span of compute while one is recording.
     """
@@ -66,6 +70,10 @@ class Session:
         self._meshes: OrderedDict[Degrees, ConnectedMesh] = OrderedDict()
         self._settled: dict[int | str, int] = {}
         self._warned: set[str] = set()
+        self.busy = threading.Lock()
+        # End the lanes and free the groups, not the job; nothing may be in flight.
+        self.close = weakref.finalize(self, _end, self._meshes, self._lanes)
+        self.close.atexit = False
 
     @property
     def device(self) -> torch.device:
@@ -137,18 +145,18 @@ class Session:
         finally:
             self._set_timeline(None)
 
-    def close(self) -> None:
-        """End the lanes and free the groups, not the job; nothing may be in flight. Collective."""
-        with ExitStack() as stack:  # last in, first out
-            for connected in self._meshes.values():
-                stack.callback(connected.mesh.close)
-            for lane in self._lanes.values():
-                stack.callback(lane.close)
-
     def _set_timeline(self, timeline: Timeline | None) -> None:
         self.timeline = timeline
         for lane in self._lanes.values():
             lane.timeline = timeline
+
+
+def _end(meshes: Mapping[Degrees, ConnectedMesh], lanes: Mapping[int | str, Lane]) -> None:
+    with ExitStack() as stack:  # last in, first out
+        for connected in meshes.values():
+            stack.callback(connected.mesh.close)
+        for lane in lanes.values():
+            stack.callback(lane.close)
 
 
 @dataclass
@@ -157,23 +165,33 @@ class CallState:
 
     Attributes:
         plan, connected: how it runs, and the mesh for that.
-        guided: the pipeline calls the transformer twice a step, for guidance.
-        selective: selective transmission over this call; None where everything is exact.
+        dtype: of the transformer.
+        arguments: of the pipeline's call as diffusers wrote it, by name.
+        guided: whether the pipeline calls the transformer twice a step, for guidance; known from its first forward on.
+        make_selective: makes `selective` at the first forward; None where everything is exact.
+        selective: selective transmission over this call.
         branch_name: what diffusers calls the branch of guidance that runs ("cond", "uncond"); None where it says none.
         differing: transformer -> of each of its forwards, whether the inputs differed between ranks.
         first_branch: of a pair of calls on two cfg halves, the first one's output and inputs, until the second ends.
         unpaired: of each pair, whether its two calls were of different steps.
+        rounded: ranks were found to differ in the last bits of what they computed: only more counts from there on.
+        finite: of each forward, whether its latents were finite.
     """
 
     session: Session
     plan: RunPlan
     connected: ConnectedMesh
-    guided: bool = False
+    dtype: torch.dtype
+    arguments: dict[str, Any] = field(default_factory=dict)
+    guided: Callable[[], bool] = lambda: False
+    make_selective: Callable[[], SelectiveCall] | None = None
     selective: SelectiveCall | None = None
     branch_name: str | None = None
     differing: dict[object, list[Tensor]] = field(default_factory=dict)
-    first_branch: tuple[Tensor, dict[str, Tensor]] | None = None
+    first_branch: tuple[Any, dict[str, Tensor]] | None = None
     unpaired: list[Tensor] = field(default_factory=list)
+    rounded: bool = False
+    finite: list[Tensor] = field(default_factory=list)
 
     @property
     def mesh(self) -> Mesh:
@@ -184,6 +202,7 @@ class CallState:
         self.first_branch = None
         self.differing.clear()
         self.unpaired.clear()
+        self.finite.clear()
         if self.selective is not None:
             self.selective.free()
 

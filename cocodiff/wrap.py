@@ -46,6 +46,11 @@ def wrap(
             image.save("lighthouse.png")
     """
     config = Config.of(config, settings)
+    if not isinstance(pipeline, type) and not hasattr(pipeline, "components"):
+        raise ConfigError(
+            f"cocodiff.wrap takes a diffusers pipeline or its class, not {pipeline!r:.60}: load it first, as with "
+            "FluxPipeline.from_pretrained(...)."
+        )
     if isinstance(pipeline, type):
         family_of(pipeline)
         return WrappedClass(pipeline, config, replace(start_job(device), shared=True))

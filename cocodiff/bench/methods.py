@@ -143,7 +143,7 @@ def our_method(
     run = None if forward.plan().coded_from is None else RUN
     times = None if run is None else lambda: [float(RUN - step) for step in range(RUN)]
     batched = bool(family.batched)
-    around = partial(call_running, [forward], guided and not batched, batched, times)
+    around = partial(call_running, [forward], lambda: guided and not batched, batched, times)
     return Method(name, _step(copied, shape, job, guided), forward, around=around, run=run)
 
 

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from cocodiff.exchange.transport import Transport
 
+SKETCH = 64  # sums of a tensor by which it is compared
+
 
 def gather_rows(x: Tensor, seq_lens: tuple[int, ...], transport: Transport) -> Tensor:
     """Gather `(B, S_local, C)` shards of every rank to `(B, S, C)` on every rank, tokens in rank order.
@@ -37,6 +39,27 @@ def differs(tensors: Iterable[Tensor], transport: Transport) -> Tensor:
         return torch.zeros((), dtype=torch.bool, device=sums[0].device)
     everyone = transport.all_gather(torch.stack(sums), "compare").wait()
     return (everyone != everyone[0]).any()
+
+
+def sketch(x: Tensor) -> Tensor:
+    """`(64,)` sums of a tensor's elements with random signs, the same on all ranks: a count sketch.
+
+    The distance of two sketches is about that of the tensors. What is not finite counts as zero.
+    """
+    generator = torch.Generator(x.device).manual_seed(0)
+    flat = x.to(torch.float64 if x.device.type == "cpu" else torch.float32).flatten().nan_to_num(posinf=0, neginf=0)
+    signs = torch.randint(0, 2, flat.shape, generator=generator, device=x.device, dtype=torch.int8) * 2 - 1
+    return F.pad(flat * signs, (0, -flat.numel() % SKETCH)).view(-1, SKETCH).sum(0)
+
+
+def differs_much(tensors: Iterable[Tensor], transport: Transport, limit: float) -> Tensor:
+    """Whether a tensor of some rank is further from rank 0's than `limit` of its norm (by sketches), on the device."""
+    sketches = [sketch(x) for x in tensors]
+    if transport.size == 1:
+        return torch.zeros((), dtype=torch.bool, device=sketches[0].device)
+    everyone = transport.all_gather(torch.stack(sketches), "compare").wait()
+    away = (everyone - everyone[0]).norm(dim=-1)
+    return (away > limit * everyone[0].norm(dim=-1)).any()
 
 
 def anywhere(flag: Tensor, transport: Transport) -> bool:

@@ -79,11 +79,16 @@ def _parts(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
+def digest(value: Any) -> str:
+    """A digest that is equal for equal values, of the kinds that `agree` compares."""
+    found = hashlib.sha256()
+    _feed(found, value)
+    return found.hexdigest()
+
+
 def _describe(value: Any) -> tuple[str, str]:
     """Return a digest, which decides whether values are equal, and a short description for the error message."""
-    digest = hashlib.sha256()
-    _feed(digest, value)
-    key = digest.hexdigest()
+    key = digest(value)
     if isinstance(value, torch.Generator):
         return key, f"generator with seed {value.initial_seed()} (state {key[:6]})"
     if isinstance(value, torch.Tensor):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import socket
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +34,21 @@ from cocodiff.launch.rendezvous import host_digest
 from cocodiff.launch.waits import Waits
 
 
+class Joined:
+    """A guard and a group of all ranks, freed by `close` or, without it, with the last job that has them. Once."""
+
+    def __init__(self, guard: Guard, host_group: dist.ProcessGroup) -> None:
+        self.guard, self.host_group = guard, host_group
+        self.close = weakref.finalize(self, _leave, guard, host_group)
+        self.close.atexit = False  # the guard ends itself, and the system frees the rest
+
+
+def _leave(guard: Guard, host_group: dist.ProcessGroup) -> None:
+    guard.close()
+    with contextlib.suppress(ValueError, RuntimeError, AssertionError):  # the script may have freed all groups before
+        dist.destroy_process_group(host_group)
+
+
 @dataclass(frozen=True)
 class Job:
     """The run that this rank belongs to.
@@ -40,8 +57,8 @@ class Job:
         hosts: the name of every rank's host.
         backend: the backend of the groups that carry tensors; "none" on one rank.
         backend_reason: why it was chosen, in one sentence.
-        host_group: a gloo group of all ranks for metadata; None on one rank.
-        guard: ends this rank after another has failed; None on one rank.
+        joined: the guard, which ends this rank after another has failed, and a gloo group of all ranks for metadata;
+            None on one rank.
         shared: whether several pipelines use this job, so that none of them may close it.
     """
 
@@ -52,13 +69,20 @@ class Job:
     hosts: tuple[str, ...]
     backend: str = "none"
     backend_reason: str = "one rank"
-    host_group: dist.ProcessGroup | None = None
-    guard: Guard | None = None
+    joined: Joined | None = None
     shared: bool = False
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def host_group(self) -> dist.ProcessGroup | None:
+        return None if self.joined is None else self.joined.host_group
+
+    @property
+    def guard(self) -> Guard | None:
+        return None if self.joined is None else self.joined.guard
 
     @contextmanager
     def watched(self, what: str) -> Iterator[None]:
@@ -82,10 +106,8 @@ class Job:
 
         The default group stays.
         """
-        if not self.shared and self.guard is not None and self.host_group is not None and not self.guard.closed:
-            self.guard.close()
-            if is_alive(self.host_group):
-                dist.destroy_process_group(self.host_group)
+        if not self.shared and self.joined is not None:
+            self.joined.close()
 
 
 def is_alive(group: dist.ProcessGroup) -> bool:
@@ -178,7 +200,7 @@ def _job(
     token = gather_json(secrets.token_hex(16) if rank == 0 else "", host_group)[0]
     store = dist.distributed_c10d._get_default_store()
     guard = Guard(store, rank, world_size, waits=waits, token=token)
-    return Job(rank, world_size, place, ranks.launcher, hosts, backend, reason, host_group, guard)
+    return Job(rank, world_size, place, ranks.launcher, hosts, backend, reason, Joined(guard, host_group))
 
 
 def _backend_of(device: torch.device) -> str:

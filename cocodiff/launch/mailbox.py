@@ -105,12 +105,12 @@ class Mailbox:
                 self._urgent = False
             return condition()
 
-    def close(self) -> None:
-        """Send what is still to be said and end the thread, within twice the store's time-out. Idempotent."""
+    def close(self, wait: bool = True) -> None:
+        """Send what is still to be said and end the thread; wait for that, but twice the store's time-out at most."""
         with self.changed:
             self._closed = True
             self.changed.notify_all()
-        if self._thread is not None:
+        if self._thread is not None and wait:
             # A daemon thread inside torch while the interpreter dies can abort the process, hence the wait.
             self._thread.join(timeout=2 * _STORE_SECONDS)
 

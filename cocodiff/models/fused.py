@@ -40,15 +40,25 @@ def fused_parts(linear: Any, sizes: Mapping[str, int]) -> Projections:
     return parts
 
 
+def is_fused(attn: Any) -> bool:
+    """Whether diffusers would read the fused matrix of this attention module.
+
+    Of the class `Attention` its processor says so alone: what it calls `fused_projections` stays set after unfusing.
+    """
+    if type(attn).__name__ == "Attention":
+        return getattr(attn.processor, "replaced", type(attn.processor).__name__).startswith("Fused")
+    return bool(attn.fused_projections)
+
+
 def projections(attn: Any) -> Projections:
     """Q, K and V of a diffusers attention module, fused or not."""
-    if attn.fused_projections:
+    if is_fused(attn):
         return fused_parts(attn.to_qkv, dict.fromkeys("qkv", attn.inner_dim))
     return {"q": attn.to_q, "k": attn.to_k, "v": attn.to_v}
 
 
 def added_projections(attn: Any) -> Projections:
     """Q, K and V of the stream whose projections diffusers calls "added": text."""
-    if attn.fused_projections:
+    if is_fused(attn):
         return fused_parts(attn.to_added_qkv, dict.fromkeys("qkv", attn.inner_dim))
     return {"q": attn.add_q_proj, "k": attn.add_k_proj, "v": attn.add_v_proj}

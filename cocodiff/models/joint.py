@@ -113,9 +113,11 @@ class JointLayer:
         return self._rotated("q", self._heads("q", list(self.pieces)), slice(None))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        from diffusers.models.attention_dispatch import dispatch_attention_fn
+        from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 
-        return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=self.attn.processor._attention_backend)
+        # SD3's processors know no backend: they attend natively, whatever is set for all.
+        backend = getattr(self.attn.processor, "_attention_backend", AttentionBackendName.NATIVE)
+        return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=backend)
 
     def parallel_branch(self, state: Any) -> Tensor | None:
         return None

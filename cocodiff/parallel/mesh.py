@@ -142,7 +142,7 @@ class Mesh:
             axes = (self.everyone, self.sequence, self.ulysses, self.ring, self.cfg)
             mine = {axis.ranks: axis.group for axis in axes if axis.group is not None}
             for group in (*mine.values(), *self.level_groups.values()):
-                if is_alive(group):
+                if is_alive(group):  # the script may have freed all groups before
                     dist.destroy_process_group(group)
 
 

@@ -16,15 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from cocodiff.blocks import BlockRow
-from cocodiff.compat import Patches, carriers, refuse_modifications
-from cocodiff.errors import ConfigError, MismatchError, PatchError, UsageError
-from cocodiff.exchange.collectives import anywhere, differs, gather_rows
+from cocodiff.compat import Originals, refuse_modifications
+from cocodiff.errors import ConfigError, PatchError, UsageError
+from cocodiff.exchange.collectives import gather_rows
 from cocodiff.launch.agree import agree
 from cocodiff.models import Family
 from cocodiff.models.family import Cut
 from cocodiff.parallel.mesh import Mesh
 from cocodiff.parallel.tokens import Tokens
-from cocodiff.pipeline.cfg_parallel import check_pairs, computes, run_branch
+from cocodiff.pipeline.cfg_parallel import run_branch
+from cocodiff.pipeline.inputs import compare_inputs
+from cocodiff.pipeline.patches import Patches
 from cocodiff.pipeline.selective_forward import begin_forward, end_forward
 from cocodiff.plan import ModelFacts, RunPlan
 from cocodiff.state import CallState, ForwardState, Session
@@ -41,6 +43,7 @@ class ShardedForward:
 
     Attributes:
         users: wrapped pipelines that share the transformer.
+        call: the pipeline's call that runs; None between calls.
     """
 
     def __init__(
@@ -58,8 +61,8 @@ class ShardedForward:
         self.patches, self._family, self._facts, self._forward, self._row = patches, family, facts, forward, row
         self._signature = inspect.signature(forward)
         self._attentions: list[tuple[Any, Any]] = [(attn, attn.processor) for attn in attentions]
-        self._carriers = carriers(transformer, attentions)
-        self._call: CallState | None = None  # the pipeline's call that runs
+        self._originals = Originals()
+        self.call: CallState | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.session.job.watched("the transformer's forward"):
@@ -72,13 +75,13 @@ class ShardedForward:
         Raises:
             UsageError: another call over the same transformer is running.
         """
-        if self._call is not None:
+        if self.call is not None:
             raise UsageError("another call over the same transformer is running in this process: one at a time.")
-        self._call = call
+        self.call = call
         try:
             yield
         finally:
-            self._call = None
+            self.call = None
 
     def announced(self, cache_context: Callable[..., Any]) -> Callable[..., Any]:
         """In place of the transformer's `cache_context`, by which diffusers names the branch of guidance that runs."""
@@ -86,13 +89,13 @@ class ShardedForward:
         @contextmanager
         def named(name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
             with cache_context(name, *args, **kwargs):
-                if self._call is not None:
-                    self._call.branch_name = name
+                if self.call is not None:
+                    self.call.branch_name = name
                 try:
                     yield
                 finally:
-                    if self._call is not None:
-                        self._call.branch_name = None
+                    if self.call is not None:
+                        self.call.branch_name = None
 
         return named
 
@@ -115,25 +118,34 @@ class ShardedForward:
                     "set_attn_processor), then cocodiff.unwrap(pipe) and cocodiff.wrap(pipe)."
                 )
         self.patches.check()
-        refuse_modifications(self.transformer, self._carriers)
+        refuse_modifications(self.transformer, self._originals)
+        blocks = [block for name in self._family.blocks for block in getattr(self.transformer, name)]
+        if len(blocks) != len(self._row.blocks) or any(
+            block is not known.module for block, known in zip(blocks, self._row.blocks, strict=True)
+        ):
+            raise PatchError(
+                f"blocks of the transformer were replaced, added or removed after cocodiff.wrap ({len(blocks)} now, "
+                f"{len(self._row.blocks)} then): unwrap(pipe) and wrap(pipe) again."
+            )
         if mesh.ring.size > 1:
             self._check_backends(mesh.ring.size)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        call = self._call
+        call = self.call
         if call is None:
-            call = CallState(self.session, self.plan(), self.session.connect(self.plan()))
+            call = CallState(self.session, self.plan(), self.session.connect(self.plan()), self.transformer.dtype)
         self.check(call.mesh)
         if torch.is_grad_enabled():
             raise UsageError("exchanges carry no gradients: call the transformer under torch.no_grad().")
         given = self._signature.bind(*args, **kwargs).arguments
         self._refuse(given)
-        if self._call is None:
-            agree(given, call.mesh.host_group, "the transformer's input (called outside its wrapped pipeline)")
+        if self.call is None:
+            caller = "called by itself, or by a pipeline that is not wrapped: cocodiff.wrap(that) first"
+            agree(given, call.mesh.host_group, f"the transformer's input ({caller})")
         else:
-            self._compare(call, given)
+            compare_inputs(call, self, given)
         conditioning = given.get("encoder_hidden_states")  # the pipeline's own object, not half of it
-        if self._call is None or call.mesh.cfg.size == 1:
+        if self.call is None or call.mesh.cfg.size == 1:
             return self._on_shards(call, given, conditioning)
         as_tuple = given.get("return_dict") is False
         output = run_branch(
@@ -145,22 +157,6 @@ class ShardedForward:
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
         return Transformer2DModelOutput(sample=output)
-
-    def _compare(self, call: CallState, given: dict[str, Any]) -> None:
-        """Find ranks that compute from different tensors: at once in the first forward, later ones at the end.
-
-        Encoders or callbacks may do different things on different ranks. Of two branches on two halves, the second
-        forward is compared by those who compute it: the others are still at the first.
-        """
-        second = call.first_branch is not None
-        if second and not computes(call):
-            return
-        lists = [value if isinstance(value, list | tuple) else [value] for value in given.values()]
-        ranks = call.connected.sequence if second else call.connected.everyone
-        mine = call.differing.setdefault(self, [])
-        mine.append(differs((x for one in lists for x in one if isinstance(x, Tensor)), ranks))
-        if len(mine) == 1:
-            check_inputs(call)
 
     def _on_shards(self, call: CallState, given: dict[str, Any], conditioning: Any) -> Any:
         family, sequence = self._family, call.mesh.sequence
@@ -192,12 +188,17 @@ class ShardedForward:
             last.remove()
 
     def _check_backends(self, ring_degree: int) -> None:
+        from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
         for _, processor in self._attentions:
-            backend = getattr(processor, "_attention_backend", None)
-            if getattr(backend, "value", backend) not in (None, "native"):
+            if not hasattr(processor, "_attention_backend"):
+                continue  # SD3's, which attend natively whatever is set
+            backend = processor._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
+            if getattr(backend, "value", backend) != "native":
                 raise ConfigError(
                     f"ring_degree={ring_degree} merges parts of attention by their log-sum-exps, for "
-                    f"which it has kernels of its own; {backend!r} was set. Reset it, or use ring_degree=1."
+                    f"which it has kernels of its own; {backend!r} was set, for this transformer or for all (attention_"
+                    "backend, DIFFUSERS_ATTN_BACKEND). Reset it, or use ring_degree=1."
                 )
 
     def _refuse(self, given: dict[str, Any]) -> None:
@@ -206,33 +207,6 @@ class ShardedForward:
         for name, reason in {**unknown, **self._family.refused}.items():  # `scale` is LoRA's, and diffusers applies it
             if {**given, **kwargs}.get(name) is not None:
                 raise ConfigError(f"{name} was given, but {reason}. Leave it out, or run without cocodiff.wrap.")
-
-
-def check_inputs(call: CallState, everywhere: bool = False) -> None:
-    """Raise MismatchError where inputs of some forward differed between ranks.
-
-    Args:
-        everywhere: ask all ranks, since each cfg half has compared its own branch only.
-    """
-    flags = [flag for several in call.differing.values() for flag in several]
-    if not flags:
-        return
-    found = torch.stack(flags)
-    if anywhere(found.any(), call.connected.everyone) if everywhere else bool(found.any()):
-        steps = found.nonzero().flatten().tolist()
-        first = f"first in its call {steps[0]} of {len(found)}" if steps else "seen by the other branch"
-        raise MismatchError(
-            f"the transformer's inputs were not the same on all ranks ({first}): a callback, an encoder, a random "
-            "draw or a kernel whose results vary."
-        )
-
-
-def check_call(call: CallState) -> None:
-    """After a call that ended well: raise where ranks computed from different inputs, or branches were no pairs."""
-    halves = call.mesh.cfg.size > 1
-    check_inputs(call, everywhere=halves)
-    if halves:
-        check_pairs(call)
 
 
 def _shard(value: Any, rows: slice, length: int, cut: Cut, name: str) -> Any:

@@ -12,6 +12,7 @@ from cocodiff.errors import UsageError
 from cocodiff.launch.job import Job
 from cocodiff.parallel.mesh import Mesh
 from cocodiff.pipeline.forward import ShardedForward
+from cocodiff.pipeline.weights import Fingerprints
 from cocodiff.plan import RunPlan
 from cocodiff.state import Session
 from cocodiff.topology import Cluster
@@ -25,6 +26,7 @@ class Handle:
         is_main: true on the one rank that saves and prints.
         cluster, cluster_reason: the topology in use and where it came from; None on one rank.
         forwards: by name, the transformers that run on shards; none on one rank, where only the device was changed.
+        fingerprints: of the weights, as far as they were hashed.
     """
 
     job: Job
@@ -33,6 +35,7 @@ class Handle:
     cluster: Cluster | None = None
     cluster_reason: str = "one rank"
     forwards: dict[str, ShardedForward] = field(default_factory=dict)
+    fingerprints: Fingerprints = field(default_factory=Fingerprints)
     last_report: dict[str, Any] | None = None
 
     def report(self) -> dict[str, Any]:

@@ -8,18 +8,17 @@ from dataclasses import fields
 from functools import partial
 from typing import Any
 
-import torch
-
 from cocodiff.blocks import BlockRow
-from cocodiff.compat import Patches, own_forward, refuse_modifications, sample_weights
+from cocodiff.compat import Originals, own_forward, refuse_modifications
 from cocodiff.config import Config, Selective
 from cocodiff.errors import ConfigError, PatchError
 from cocodiff.launch.agree import agree
-from cocodiff.launch.job import Job
 from cocodiff.models import Family, family_of
+from cocodiff.pipeline.compare import pipeline_state
 from cocodiff.pipeline.forward import ShardedForward
 from cocodiff.pipeline.handle import Handle
 from cocodiff.pipeline.install_blocks import install_blocks
+from cocodiff.pipeline.patches import Patches
 from cocodiff.plan import ModelFacts, RunPlan
 from cocodiff.state import Session
 from cocodiff.topology import Cluster, load_cluster
@@ -40,9 +39,12 @@ def install(pipeline: Any, handle: Handle, plan_run: PlanRun) -> None:
     names = [name for name in family.transformers if getattr(pipeline, name, None) is not None]
     transformers = {name: getattr(pipeline, name) for name in names}
     for transformer in transformers.values():
-        refuse_modifications(transformer, [])  # before weights are looked at: quantised ones have no plain values
+        refuse_modifications(transformer, Originals())
     cluster, handle.cluster_reason = load_cluster(config.cluster, job.hosts, job.device.type)
-    _compare(pipeline, transformers, config, cluster, job)
+    _compare(pipeline, handle, transformers, cluster)
+    handle.cluster = cluster
+    if not transformers:  # an encoder of prompts: nothing is exchanged
+        return
     made: Session | None = None
     forwards: dict[str, ShardedForward] = {}
     try:
@@ -118,17 +120,23 @@ def model_facts(family: Family, transformer: Any) -> ModelFacts:
     return ModelFacts(min(attending, default=1), width, transformer.dtype.itemsize, family.long)
 
 
-def _compare(pipeline: Any, transformers: dict[str, Any], config: Config, cluster: Cluster, job: Job) -> None:
+def _compare(pipeline: Any, handle: Handle, transformers: dict[str, Any], cluster: Cluster) -> None:
     """Raise MismatchError unless all ranks have the same pipeline, settings and weights."""
+    job, config = handle.job, handle.config
     assert job.host_group is not None
     settings = {field.name: getattr(config, field.name) for field in fields(config)}
     given: dict[str, Any] = {name: one if isinstance(one, str) else repr(one) for name, one in settings.items()}
     given |= {"cluster": cluster.to_json(), "pipeline": type(pipeline).__name__, "device type": job.device.type}
     for name, transformer in transformers.items():
         given[name] = {key: repr(value) for key, value in transformer.config.items() if key[0] != "_"}
-    modules = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
-    given |= {f"weights of {name}": sample_weights(part) for name, part in modules.items()}
-    agree(given, job.host_group, "cocodiff.wrap")
+    agree(given | pipeline_state(pipeline, handle.fingerprints), job.host_group, "cocodiff.wrap")
+    left_out = [f"{name} ({count} tensors)" for name, count in handle.fingerprints.left_out.items() if count]
+    if left_out and job.is_main:
+        _log.warning(
+            "weights were compared between ranks by shape and type alone in %s: they are quantised, on disk, or moved "
+            "in when they are used. Give every rank the same.",
+            ", ".join(left_out),
+        )
 
 
 def _say_where(plan: RunPlan, mesh: Any, session: Session) -> None:

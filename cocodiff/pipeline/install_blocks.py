@@ -9,11 +9,11 @@ from typing import Any
 from torch import nn
 
 from cocodiff.blocks import Block, BlockRow
-from cocodiff.compat import Patches
 from cocodiff.errors import ConfigError, PatchError
 from cocodiff.models import Family
 from cocodiff.models.joint import make_layer
 from cocodiff.models.stages import BlockSpec
+from cocodiff.pipeline.patches import Patches
 
 
 class BlockProcessor:
@@ -22,7 +22,9 @@ class BlockProcessor:
     _parallel_config = None
 
     def __init__(self, replaced: Any) -> None:
-        self._attention_backend = getattr(replaced, "_attention_backend", None)  # what `set_attention_backend` sets
+        self.replaced = type(replaced).__name__
+        if hasattr(replaced, "_attention_backend"):  # what `set_attention_backend` sets; SD3's processors have none
+            self._attention_backend = replaced._attention_backend
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise PatchError("a block's forward was replaced after cocodiff.wrap: it cannot run so on shards. Wrap last.")
@@ -53,10 +55,12 @@ def _replace_processors(block: nn.Module, spec: BlockSpec, patches: Patches) -> 
         attn: Any = getattr(block, attribute, None)
         if attn is None:
             continue
-        if type(attn.processor).__name__ not in known:
+        kind = type(attn.processor)
+        if kind.__name__ not in known or not kind.__module__.startswith("diffusers."):
             raise ConfigError(
-                f"{spec.name}.{attribute} attends by {type(attn.processor).__name__}, whose projections cocodiff does "
-                f"not know; it knows {', '.join(known)}. Unload what set it, or see docs/adding-a-model.md."
+                f"{spec.name}.{attribute} attends by {kind.__name__} of {kind.__module__}, whose projections "
+                f"cocodiff does not know; it knows diffusers' {', '.join(known)}. Unload what set it, or see "
+                "docs/adding-a-model.md."
             )
         if attribute not in spec.local:
             patches.set(attn, "processor", BlockProcessor(attn.processor), may_be_replaced=True)

@@ -87,18 +87,21 @@ def build(pipeline: str) -> Any:
 
 
 def draw(pipe: Any, pipeline: str, call: str, full: bool = False) -> Tensor:
-    """The latents. Two steps, so that what the first leaves behind meets the second; with `full`, three or four."""
+    """The latents."""
+    result = pipe(**arguments(pipeline, call, full))
+    return result.frames if pipeline.startswith("wan") else result.images
+
+
+def arguments(pipeline: str, call: str, full: bool = False) -> dict[str, Any]:
+    """Of one call. Two steps, so that what the first leaves behind meets the second; with `full`, three or four."""
     size = calls(pipeline)[call]
     if pipeline in FLUX:
-        arguments = flux_call(pipeline.removeprefix("flux "), **size)
+        given = flux_call(pipeline.removeprefix("flux "), **size)
     else:
-        arguments = family_call(pipeline, **size)
+        given = family_call(pipeline, **size)
     if not full:  # with a strength, the last two of three
-        arguments |= (
-            dict(strength=0.6, num_inference_steps=3) if "strength" in arguments else {"num_inference_steps": 2}
-        )
-    result = pipe(**arguments)
-    return result.frames if pipeline.startswith("wan") else result.images
+        given |= dict(strength=0.6, num_inference_steps=3) if "strength" in given else {"num_inference_steps": 2}
+    return given
 
 
 class References:

@@ -20,6 +20,8 @@ def _message(error_type, function):
 def _wrapping():
     import os
 
+    import diffusers
+
     import cocodiff
 
     said = {}
@@ -32,7 +34,9 @@ def _wrapping():
     said["degree"] = _message(ValueError, lambda: cocodiff.wrap(pipe, ulysses_degree=2))
     said["field"] = _message(ValueError, lambda: cocodiff.wrap(pipe, exchagne="flat"))
     said["choice"] = _message(ValueError, lambda: cocodiff.wrap(pipe, exchange="fast"))
-    said["unsupported"] = _message(ValueError, lambda: cocodiff.wrap(torch.nn.Linear(1, 1)))
+    said["nothing"] = _message(ValueError, lambda: cocodiff.wrap(None))
+    said["name"] = _message(ValueError, lambda: cocodiff.wrap("black-forest-labs/FLUX.1-dev"))
+    said["unsupported"] = _message(ValueError, lambda: cocodiff.wrap(diffusers.DDPMPipeline))
     said["not wrapped"] = _message(ValueError, lambda: cocodiff.unwrap(pipe))
     rank = int(os.environ["RANK"])
     schedule = "v_first" if rank else "sequential"
@@ -57,6 +61,8 @@ def test_wrap_refuses_with_the_numbers():
         "degree": "ulysses_degree 2 on 3 ranks",
         "field": "exchagne",
         "choice": "'fast'",
+        "nothing": "takes a diffusers pipeline or its class, not None",
+        "name": "FLUX.1-dev': load it first",
         "unsupported": "FluxKontextPipeline",
         "not wrapped": "not wrapped",
         "configs differ": "schedule: 'sequential' on rank 0; 'v_first' on ranks 1, 2",
@@ -141,15 +147,17 @@ def _out_of_step():
     import threading
 
     import cocodiff
+    from cocodiff.models.joint import ParallelLayer
 
     rank, said = int(os.environ["RANK"]), {}
     pipe = cocodiff.wrap(flux_pipeline())
     pipe.cocodiff.job.guard.close()  # it would end ranks that hang, which is another test
-    layer = pipe.transformer.single_transformer_blocks[1].attn
-    hook = (layer.to_k if rank == 0 else layer.to_q).register_forward_hook(_out_of_memory)
+    fails = "key" if rank == 0 else "query"  # one has sent its keys by then, and the other has not
+    right = getattr(ParallelLayer, fails)
+    setattr(ParallelLayer, fails, _out_of_memory)
     with pytest.raises(MemoryError):
         pipe(**flux_call("text2image"))
-    hook.remove()
+    setattr(ParallelLayer, fails, right)
     said["out of step"] = _message(ValueError, lambda: pipe(**flux_call("text2image")))
 
     other = cocodiff.wrap(flux_pipeline())

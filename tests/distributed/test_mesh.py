@@ -35,13 +35,15 @@ def test_ranks_may_be_twice_the_heads():
 def _forwards(references):
     """By pipeline: the error with cfg_degree 2, and how often its first transformer ran here."""
     import cocodiff
+    from cocodiff.pipeline.forward import ShardedForward
 
-    found = {}
+    found, ran, on_shards = {}, [], ShardedForward._on_shards
+    ShardedForward._on_shards = lambda forward, *given: ran.append(forward) or on_shards(forward, *given)
     for name in ALL:
-        pipe, ran = build(name), []
-        pipe.transformer.proj_out.register_forward_hook(lambda *_, ran=ran: ran.append(1))
-        latents = draw(cocodiff.wrap(pipe, cfg_degree=2), name, "odd")
-        found[name] = relative_error(latents, references(name, "odd")), len(ran)
+        pipe = cocodiff.wrap(build(name), cfg_degree=2)
+        latents = draw(pipe, name, "odd")
+        first = pipe.cocodiff.forwards["transformer"]
+        found[name] = relative_error(latents, references(name, "odd")), ran.count(first)
     return found
 
 

@@ -12,7 +12,8 @@ def test_every_fault_changes_a_line_that_is_there_once_and_names_tests_that_are_
     for fault in FAULTS:
         assert fault.line != fault.faulty
         for test in fault.tests:
-            assert (ROOT / test.split("::")[0]).exists(), test
+            file, *function = test.split("[")[0].split("::")
+            assert (ROOT / file).exists() and all(f"def {one}(" in (ROOT / file).read_text() for one in function), test
 
 
 def test_control_a_line_that_is_not_there_is_seen():

@@ -17,7 +17,7 @@ QWEN = Family(
     token_counts=packed_token_counts,
     whole={"hidden_states": "image", "encoder_hidden_states": "text"},
     guided=lambda pipeline, call: (
-        call["true_cfg_scale"] > 1
-        and (call["negative_prompt"] is not None or call["negative_prompt_embeds"] is not None)
+        call.get("true_cfg_scale", 1.0) > 1
+        and any(call.get(name) is not None for name in ("negative_prompt", "negative_prompt_embeds"))
     ),
 )

@@ -22,7 +22,7 @@ WAN = Family(
     token_counts=token_counts,
     cuts={"timestep": Cut("video", dim=1)},
     whole={"hidden_states": "video"},
-    guided=lambda pipeline, call: call["guidance_scale"] > 1,
+    guided=lambda pipeline, call: call.get("guidance_scale", 1.0) > 1,
     output_shape=lambda transformer, given: (
         given["hidden_states"].shape[0],
         transformer.proj_out.out_features // math.prod(transformer.config.patch_size),
