@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from cocodiff.errors import LaunchError, UsageError
 from cocodiff.launch.leaving import leave_after_failure
 from cocodiff.launch.mailbox import Mailbox
-from cocodiff.launch.presence import Lookout, View
+from cocodiff.launch.presence import Lookout, Sign, View
 from cocodiff.launch.waits import Waits
 from cocodiff.launch.words import printable, rank_words
 
@@ -124,7 +124,7 @@ class Guard:
             self._mail.close(wait=False)  # the garbage collector called this in a thread of a guard
             return
         if self._rank == 0:
-            self._mail.wait_for(lambda: not self._waiting(), _LINGER_SECONDS)
+            self._linger(next_call=True)
         self._mail.close()
         self._thread.join()
 
@@ -159,8 +159,7 @@ class Guard:
             depth = self._mail.sign.depth - 1
             self._mail.update(at_once=depth == 0, depth=depth)
         if depth == 0 and self._last_failed and self._rank == 0 and not self._closed:
-            call = self._mail.sign.call
-            self._mail.wait_for(lambda: call not in self._waiting(), _LINGER_SECONDS)
+            self._linger(next_call=False)
 
     def _failed(self, what: str, error: BaseException) -> LaunchError | None:
         """Report that this call failed here. Return what to raise instead of `error`, if that says more."""
@@ -194,10 +193,20 @@ class Guard:
             report = letters.report[1] if letters.report[0] == sign.call else None
             return View(self._rank, self._what, sign, letters.signs, report, letters.answers, letters.gone)
 
-    def _waiting(self) -> list[int]:
-        """Return the calls in which other ranks wait that have not heard how it ended."""
-        signs = self._mail.letters.signs.values()
-        return [sign.call for sign in signs if sign and sign.depth and not sign.ended and sign.heard < sign.call]
+    def _linger(self, next_call: bool) -> None:
+        """Wait a little until every rank has left this call, or the next one too, or heard how this rank left it."""
+        mine, before = self._mail.sign.call, self._mail.letters.answers
+
+        def waits(sign: Sign | None) -> bool:
+            if sign is None or sign.call < mine:
+                return sign is None or not sign.ended
+            return sign.depth > 0 and not sign.ended and sign.heard < sign.call and (next_call or sign.call == mine)
+
+        def done() -> bool:  # by signs that were read after this began: they come with the second round at the latest
+            letters = self._mail.letters
+            return letters.answers > before + 1 and not any(map(waits, letters.signs.values()))
+
+        self._mail.wait_for(done, _LINGER_SECONDS)
 
     def _run(self) -> None:
         mail = self._mail

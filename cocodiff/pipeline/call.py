@@ -101,7 +101,6 @@ def call_running(
         except BaseException:
             call.drop()  # whoever keeps the exception keeps the call, by its frames
             raise
-    check_call(call)
 
 
 def _run(pipeline: Any, original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -127,9 +126,10 @@ def _run(pipeline: Any, original: Callable, args: tuple, kwargs: dict[str, Any])
             if call.mesh.cfg.size > 1 and not (family.batched or call.guided()):
                 text = "cfg_degree=2, but this call has no guidance: both halves of the ranks compute the same."
                 session.warn("idle half", text)
+        with job.watched(f"the end of a call of {name}"):  # a rank that waits in the call for one that is here hears it
+            check_call(call)
             check_result(result, call, name)
             session.settle()
-        with job.watched("the report of a call"):  # a rank that waits in the other for one that is here must hear it
             handle.last_report = call_report(call, before)
         return result
     finally:
