@@ -9,9 +9,9 @@ off is replaced here while its variant runs.
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -171,4 +171,6 @@ def print_table(seconds: dict[str, list[float]], outputs: dict[str, Tensor]) -> 
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("numbers", type=int, nargs="*", help="timings of each variant, and the ring degree")
+    main(*parser.parse_args().numbers)

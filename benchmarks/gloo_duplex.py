@@ -8,6 +8,7 @@ link in one direction, for each of ten repetitions.
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Sequence
 
@@ -58,4 +59,5 @@ def main(sizes_bytes: Sequence[int] = (2_000_000, 8_000_000), repeats: int = 10)
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()

@@ -9,6 +9,7 @@ answer in time.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -124,4 +125,5 @@ def main(names: Sequence[str] | None = None, meshes: Meshes = MESHES) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()

@@ -114,5 +114,5 @@ def main(calls: int, drops: int, failures: int, folder: Path | None = None) -> N
 
 
 if __name__ == "__main__":
-    counts = [int(one) for one in sys.argv[1:4]]
-    main(*(counts or [200, 60, 20]), *(Path(one) for one in sys.argv[4:5]))
+    counts = [int(one) for one in sys.argv[1:4]] or [200, 60, 20]
+    main(counts[0], counts[1], counts[2], Path(sys.argv[4]) if sys.argv[4:] else None)

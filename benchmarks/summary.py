@@ -8,6 +8,7 @@ transmission. Figures are copied, never changed.
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,11 @@ two bits an element. Where exchanges hide under the compute, selective methods a
 """
 
 
+def percent(share: float | None) -> str:
+    """A share of communication; the bench leaves out one that is within the noise."""
+    return "in the noise" if share is None else f"{share:.0%}"
+
+
 def selective_table(result: Json, stem: str) -> list[str]:
     """The lines of the table of one run with selective methods."""
     shape, base = result["shape"], result["methods"]["ulysses"]
@@ -113,7 +119,7 @@ def selective_table(result: Json, stem: str) -> list[str]:
     rate = result["cluster"]["goodput_gbs"][outer] * 1e9
     lines = [
         f"**[{sizes} ranks, {shape['name']}, {shape['double']} + {shape['single']} blocks, width {shape['width']}, "
-        f"{rate * 8e-6:.3g} Mbit/s, communication {base['communication_share']:.0%}]({stem}.md)**",
+        f"{rate * 8e-6:.3g} Mbit/s, communication {percent(base['communication_share'])}]({stem}.md)**",
         "",
         "| method | mesh | against ulysses | ceiling, overlapped | one after the other | reached | MB a step, counted "
         "(interface) | coding |",
@@ -161,7 +167,7 @@ def exact_row(result: Json, stem: str) -> tuple[tuple[str, int, str, float], str
     sizes = " x ".join(str(level["size"]) for level in reversed(cluster["levels"]))
     name = f"[{shape['name']}, {shape['double']} + {shape['single']} blocks, width {shape['width']}]({stem}.md)"
     share = methods["ulysses"]["communication_share"]
-    cells = [name, sizes, f"{link:.0f} Mbit/s", f"{share:.0%}", ratio(exact, methods["diffusers"])]
+    cells = [name, sizes, f"{link:.0f} Mbit/s", percent(share), ratio(exact, methods["diffusers"])]
     cells += [ratio(exact, methods["ulysses"]), f"{exact['ratio_to_limit']:.2f}"]
     return (shape["name"], shape["width"], sizes, -link), "| " + " | ".join(cells) + " |"
 
@@ -180,4 +186,5 @@ def main(folder: Path = RESULTS) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()

@@ -52,7 +52,6 @@ class BlockRow:
         self.blocks: list[Block] = []
         self._whole = dict(whole)
         self._running: RowForward | None = None
-        self._failed: RowForward | None = None  # until the next forward: lanes may still write what it handed on
 
     def append(self, block: Block) -> Callable[..., Any]:
         """Add the next block; gives the forward that stands in place of the block's own."""
@@ -62,12 +61,12 @@ class BlockRow:
     @contextmanager
     def running(self, state: ForwardState) -> Iterator[None]:
         """While inside, the blocks run on the shards of this forward."""
-        self._running, self._failed = RowForward(self.blocks, self._whole, state), None
+        self._running = RowForward(self.blocks, self._whole, state)
         try:
             yield
             self._running.end()
         except BaseException:
-            self._failed = self._running
+            state.call.session.catch_up()  # lanes may still read and write what is freed with the exception's frames
             raise
         finally:
             self._running = None

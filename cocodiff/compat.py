@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import nn
 
-from cocodiff.errors import PatchError
+from cocodiff.errors import ConfigError, PatchError
 
 _HOOKS = ("_hf_hook", "_diffusers_hook")  # of accelerate and of diffusers: they act when a module is called
 # Whose functions may stand between a pipeline and attention. accelerate's move weights, peft's add adapters.
@@ -40,6 +41,23 @@ def is_plain_linear(module: nn.Module) -> bool:
     """Whether a linear layer does what its weights say: it has no adapter, no hooks, and the forward of its class."""
     replaced = any(name in vars(module) for name in (*_HOOKS, "forward"))
     return type(module) is nn.Linear and not (module._forward_hooks or module._forward_pre_hooks or replaced)
+
+
+def offload_to(pipeline: Any, device: torch.device) -> None:
+    """Let diffusers' offloading use this device where a script names none: it takes the first one on every rank.
+
+    What was offloaded before, and would be moved to another device, is offloaded anew.
+    """
+    pipeline._offload_gpu_id = device.index or 0
+    before = getattr(pipeline, "_offload_device", None)
+    if (
+        before in (None, device)
+        or before.type != device.type
+        or not any(is_offloaded(part) for part in pipeline.components.values())
+    ):
+        return
+    again = pipeline.enable_model_cpu_offload if pipeline._all_hooks else pipeline.enable_sequential_cpu_offload
+    again(device=device)
 
 
 def is_offloaded(part: object) -> bool:
@@ -88,7 +106,10 @@ def _unwrapped(function: Any) -> Iterator[Any]:
 
 
 def refuse_modifications(transformer: Any, originals: Originals) -> None:
-    """Raise PatchError for what shards cannot follow: step caches, foreign functions and hooks, compilation."""
+    """Raise for what shards cannot follow: step caches, foreign functions and hooks, compilation.
+
+    PatchError, or ConfigError for an attention processor.
+    """
     named = list(transformer.named_modules())
     hooks = {name for _, module in named for name in getattr(vars(module).get("_diffusers_hook"), "hooks", ())}
     harmful = sorted(hooks - set(HARMLESS_HOOKS))
@@ -111,10 +132,11 @@ def refuse_modifications(transformer: Any, originals: Originals) -> None:
     for name, module in named:
         for what, function in _functions(module, inside=module is not transformer):
             if found := originals.foreign(function):
-                raise PatchError(
+                kind = ConfigError if what == "processor" else PatchError
+                raise kind(
                     f"{name or 'the transformer'} ({type(module).__name__}): its {what} is {found}, which is not "
                     "diffusers' own and would see one rank's tokens alone, or be passed by. Take it off (a forward "
-                    "hook may stay on the transformer itself), or run without cocodiff.wrap."
+                    "hook may stay on the transformer itself), or see docs/adding-a-model.md."
                 )
 
 

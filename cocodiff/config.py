@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 
 from cocodiff.errors import ConfigError
 from cocodiff.topology import Cluster
+from cocodiff.topology.detect import check_name
 
 CHOICES = {"exchange": ("auto", "flat", "staged"), "schedule": ("v_first", "sequential")}
 DEGREES = ("cfg_degree", "ring_degree", "ulysses_degree")
@@ -31,7 +32,8 @@ class Selective:
         max_error: what the relative residual error of a step, measured at the senders, should not pass. After a step
             that passed it all later ones of the run carry more bits, a rung of `LADDER` more each time.
         method: one of `METHODS`; all but the first are there to compare.
-        warmup, refresh: of `v_major`: whole steps at the beginning, and every so many steps a whole one (0: never).
+        warmup: of `v_major`: whole steps at the beginning.
+        refresh: of `v_major`: every so many steps a whole one (0: never).
         check: compare the copies of both ends after each run, by a hash.
     """
 
@@ -52,7 +54,7 @@ class Selective:
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
                 hint = f" Write {name}={value}, no text." if isinstance(value, str) else ""
                 raise ConfigError(f"{name}={value!r} is not a number above 0, at most 1.{hint}")
-        if self.method not in METHODS:
+        if not isinstance(self.method, str) or self.method not in METHODS:
             raise ConfigError(f"method={self.method!r} is not one of {', '.join(METHODS)}.")
         if self.max_error is not None and self.method != "predicted":
             raise ConfigError(f"max_error={self.max_error!r}: method={self.method!r} does not heed it. Leave it out.")
@@ -115,8 +117,9 @@ class Config:
         pieces: into how many pieces a layer's rows are cut so that exchange and compute overlap; None lets the cost
             model decide.
 
-    >>> Config(exchange="staged").schedule
-    'v_first'
+    Examples:
+        >>> Config(exchange="staged").schedule
+        'v_first'
     """
 
     exchange: str = "auto"
@@ -135,6 +138,7 @@ class Config:
                 raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}.")
         if not isinstance(self.cluster, str | os.PathLike | Cluster):
             raise ConfigError(f"cluster={self.cluster!r} is neither a name, a path nor a cocodiff.Cluster.")
+        check_name(self.cluster)
         for name in (*DEGREES, "pieces"):
             count = getattr(self, name)
             if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):

@@ -123,13 +123,19 @@ class LayerInFlight:
         Args:
             distance: of the part, so many places before this one on the ring axis.
         """
-        if self.layer.mask is None:
+        mask = self.layer.mask
+        if mask is None:
             return None
         part = (self.state.part - distance) % len(self.parts)
-        ranks, count = len(self.layouts[part].seq_lens), len(self.pieces)
-        order = [(part * ranks + rank, rows) for rank, rows in self.layouts[part].order(count)]
-        chosen = [one for first in range(count)[pieces] for one in order[first * ranks : (first + 1) * ranks]]
-        return self.state.tokens.exchanged(self.layer.mask, chosen)[:, None, None, :]
+        seq_lens, count, tokens = self.layouts[part].seq_lens, len(self.pieces), self.state.tokens
+
+        def exchanged() -> Tensor:
+            ranks = len(seq_lens)
+            order = [(part * ranks + rank, rows) for rank, rows in self.layouts[part].order(count)]
+            chosen = [one for first in range(count)[pieces] for one in order[first * ranks : (first + 1) * ranks]]
+            return tokens.exchanged(mask, chosen)[:, None, None, :]
+
+        return tokens.once((part, seq_lens, count, pieces.start, pieces.stop), mask, exchanged)
 
     def _keys(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """V, K and their mask, as they arrive: all of this part, then the others, nearest first, piece by piece."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cocodiff.config import Config
 from cocodiff.exchange.connected import ConnectedMesh, TransportMaker
-from cocodiff.exchange.lanes import Lane, make_lane
+from cocodiff.exchange.lanes import Lane, make_lane, share_one_lane
 from cocodiff.exchange.transport import make_transport
 from cocodiff.launch.job import Job
 from cocodiff.observe.bytes import ByteCounter
@@ -98,14 +98,16 @@ class Session:
             mesh = Mesh.create(self.cluster, plan.degrees, self.job.backend, self.job.host_group)
             self._meshes[key] = ConnectedMesh.connect(mesh, self.lane, self.bytes, self._transport)
             if len(self._meshes) > MAX_MESHES:
-                self._meshes.popitem(last=False)[1].mesh.close()
+                self._meshes.popitem(last=False)[1].mesh.close(together=True)
         self._meshes.move_to_end(key)
         return self._meshes[key]
 
     def lane(self, key: int | str) -> Lane:
         """The lane of a level of the cluster, or one of another name beside the links."""
+        name = key if isinstance(key, str) else self.cluster.levels[key].name
+        if isinstance(key, int) and share_one_lane(self.device):
+            key, name = 0, "links"
         if key not in self._lanes:
-            name = key if isinstance(key, str) else self.cluster.levels[key].name
             self._lanes[key] = make_lane(name, self.device)
             self._lanes[key].timeline = self.timeline
         return self._lanes[key]
@@ -128,6 +130,11 @@ class Session:
     def settle(self) -> None:
         """A call ended well: nothing of it is under way on any rank."""
         self._settled = {key: lane.submitted for key, lane in self._lanes.items()}
+
+    def catch_up(self) -> None:
+        """After an exception: let all that is computed from here on come after what is on the lanes."""
+        for lane in self._lanes.values():
+            lane.catch_up()
 
     def span(self, label: str) -> AbstractContextManager[None]:
         """Name a stretch of compute in the timeline, if one is kept."""

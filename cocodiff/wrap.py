@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cocodiff.compat import is_offloaded
+from cocodiff.compat import is_offloaded, offload_to
 from cocodiff.config import DEGREES, Config, Selective
 from cocodiff.errors import ConfigError
 from cocodiff.launch.job import Job, start_job
@@ -40,7 +40,7 @@ def wrap(
 
     On one rank nothing but the device changes. Collective: every rank calls it. Example:
 
-        pipe = cocodiff.wrap(FluxPipeline.from_pretrained(path, torch_dtype=torch.bfloat16))
+        pipe = cocodiff.wrap(FluxPipeline.from_pretrained(path, dtype=torch.bfloat16))
         image = pipe("a lighthouse at dusk").images[0]
         if pipe.cocodiff.is_main:
             image.save("lighthouse.png")
@@ -120,6 +120,8 @@ def wrap_instance(pipeline: Any, config: Config, job: Job) -> Any:
     """`wrap` for a pipeline and a run that was joined before; `wrap` has the rest of the story."""
     try:
         with job.watched("cocodiff.wrap"):
+            if job.world_size > 1 and job.device.type != "cpu":
+                offload_to(pipeline, job.device)
             if not any(is_offloaded(part) for part in pipeline.components.values()):
                 pipeline.to(job.device)  # offloaded parts find their way by their hooks
             handle = Handle(job, config, type(pipeline))

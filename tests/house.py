@@ -33,6 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cocodiff",),  # the public names: cocodiff/__init__.py
     ("cocodiff.bench",),
     ("cocodiff.cli",),
+    ("cocodiff.__main__",),
 )
 
 # What these may import of ours besides themselves.

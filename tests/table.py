@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tests.distributed.draws import ALL, MESHES, RANKS, Draw, References, build, errors, full_meshes, full_pipelines
@@ -66,11 +67,16 @@ def meshes(references: References) -> list[str]:
     return lines
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=OUT, help="the file to write instead of docs/tested.md")
+    out = parser.parse_args(arguments).out
+    if not out.parent.is_dir():
+        parser.error(f"--out {out}: there is no folder {out.parent}")
     with tempfile.TemporaryDirectory() as folder:
         references = References(Path(folder), full=True)
         lines = [*pipelines(references), MESH_HEAD.rstrip("\n"), "", *meshes(references)]
-    OUT.write_text(HEAD + "\n".join(lines) + "\n")
+    out.write_text(HEAD + "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

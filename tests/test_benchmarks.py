@@ -66,3 +66,10 @@ def test_sweep_says_how_it_is_used_and_runs_nothing(argument: str, status: int) 
     done = subprocess.run([ROOT / "benchmarks" / "sweep", argument], capture_output=True, text=True, timeout=10)
     assert done.returncode == status
     assert "Usage: benchmarks/sweep [PART ...]" in done.stdout + done.stderr and "==" not in done.stdout
+
+
+def test_soak_counts_what_each_round_leaves() -> None:
+    table, nothing = run_ranks(2, _printed, "soak", (1, 1, 1), {})
+    rows = [line.split("|") for line in table.splitlines()[2:]]
+    assert [row[1].strip() for row in rows] == ["failed calls", "drops", "drops"] and nothing == ""
+    assert all(int(cell) > 0 for row in rows for cell in row[2:6])

@@ -89,6 +89,7 @@ def expected_files() -> set[str]:
     """Every module and weight of the checkout, under its installed name."""
     names = {str(path.relative_to(ROOT)) for path in (ROOT / "cocodiff").rglob("*.py")}
     names |= {str(path.relative_to(ROOT)) for path in (ROOT / "cocodiff" / "tiny" / "weights").iterdir()}
+    names |= {"cocodiff/py.typed"}
     source = ROOT / "kernels" / "src"
     return names | {str("cocodiff/kernels" / path.relative_to(source)) for path in source.rglob("*.py")}
 

@@ -16,7 +16,8 @@ import typer
 from benchmarks.quality import gallery
 from benchmarks.quality.simulate import Hosts, Simulation
 from benchmarks.quality.sweep import TASKS, Prompts, collected, draw, run_unit, summary, units
-from cocodiff.bench.results import as_json, check_folder, write
+from cocodiff.bench.results import as_json, write
+from cocodiff.cli.files import check_folder
 from cocodiff.config import PRESETS, Selective
 from cocodiff.errors import CocodiffError, ConfigError
 from cocodiff.tiny import pictures
@@ -48,7 +49,7 @@ def main(
         raise ConfigError(f"--tasks {','.join(unknown)}: there are {', '.join(TASKS)}.")
     if threads is not None:
         torch.set_num_threads(threads)
-    check_folder(out)
+    check_folder(out, "--out")
     sizes = [_numbers("--hosts", one, "x") for one in hosts.split(",")]
     where = [Hosts(count, ranks, way == "ring") for count, ranks in sizes for way in _ways(crossing)]
     shares = [_share(text) for text in budgets.split(",")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
@@ -42,6 +42,12 @@ DESCRIPTIONS = {
 }
 
 OURS = ("exact", "high", "balanced", "fast", "v_major")  # which have a choice of meshes
+
+
+def check_methods(names: Sequence[str]) -> None:
+    """Raise ConfigError if one of the names is no method."""
+    if unknown := [name for name in names if name not in DESCRIPTIONS]:
+        raise ConfigError(f"--methods {','.join(unknown)}: there are {', '.join(DESCRIPTIONS)}.")
 
 
 class Method:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cocodiff.errors import ConfigError
+
+WIDE_SPREAD = 1.5  # the longest timing of a method over its shortest
 
 
 def headline(result: Mapping[str, Any]) -> str:
@@ -30,6 +31,25 @@ def headline(result: Mapping[str, Any]) -> str:
         parts.append(", ".join(levels))
     parts.append(f"{where['machine']}, {where['device']}, {where['backend']}, torch {where['versions']['torch']}")
     return "; ".join(parts)
+
+
+def doubts(result: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for each sign that the machine was busy and the ratios mean little; usually none."""
+    rows = {name: row["seconds_per_step"] for name, row in result["methods"].items() if "error" not in row}
+    found = [
+        f"{name} took {taken['min']:.3f} to {taken['max']:.3f} s: timings of one method differ by more than "
+        f"{WIDE_SPREAD - 1:.0%}, so that ratios mean little. Was the machine busy?"
+        for name, taken in rows.items()
+        if taken["max"] > WIDE_SPREAD * taken["min"]
+    ]
+    compute = result["compute_seconds"]
+    faster = [name for name, taken in rows.items() if name != "single" and compute and compute > taken["median"]]
+    if faster:
+        found.append(
+            f"compute alone took {compute:.3f} s, longer than {', '.join(faster)}: their share of communication is "
+            "within the noise and left out."
+        )
+    return found
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -74,17 +94,6 @@ def as_json(result: Mapping[str, Any]) -> str:
     return json.dumps(result, indent=2) + "\n"
 
 
-def check_folder(folder: Path | None) -> None:
-    """Make the folder, and raise ConfigError before anything runs if results could not be written into it."""
-    if folder is not None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"cannot write into {folder}: {error.strerror}.") from None
-        if not os.access(folder, os.W_OK):
-            raise ConfigError(f"cannot write into {folder}: it is not writable.")
-
-
 def write(path: Path, text: str) -> None:
     """Write a file. ConfigError if that is impossible."""
     try:
@@ -107,7 +116,8 @@ def save(result: Mapping[str, Any], folder: Path, command: str) -> list[Path]:
         number, base = number + 1, f"{stem}-{number + 1}"
     paths = [folder / f"{base}.{ending}" for ending in ("json", "md", "png")]
     write(paths[0], as_json(result))
-    write(paths[1], f"# {headline(result)}\n\n    {command}\n\n{table(result)}\n\n![the same]({paths[2].name})\n")
+    words = [f"# {headline(result)}", f"    {command}", *doubts(result), table(result), f"![the same]({paths[2].name})"]
+    write(paths[1], "\n\n".join(words) + "\n")
     plot(result, paths[2])
     return paths
 

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from cocodiff.bench.links import busiest_links, connect_all, goodput, inner_ranks, interface_bytes
-from cocodiff.bench.methods import DESCRIPTIONS, OURS, Method, compute_method, make_method, synchronize
+from cocodiff.bench.methods import DESCRIPTIONS, OURS, Method, check_methods, compute_method, make_method, synchronize
 from cocodiff.bench.models import build_transformer
-from cocodiff.errors import ConfigError
 from cocodiff.launch.agree import gather_json
 from cocodiff.launch.job import Job
 from cocodiff.models.shapes import Shape
@@ -65,8 +64,7 @@ def run_bench(
     Returns:
         the result as JSON values; docs/bench.md has the schema. Rank 0's is the one to show.
     """
-    if unknown := [name for name in names if name not in DESCRIPTIONS]:
-        raise ConfigError(f"--methods {','.join(unknown)}: there are {', '.join(DESCRIPTIONS)}.")
+    check_methods(names)
     model = build_transformer(shape)
     guided = any(mesh.get("cfg_degree", 1) > 1 for mesh in meshes)
     makers: dict[str, Callable[[], Method]] = {}
@@ -79,8 +77,8 @@ def run_bench(
     records = {name: _warmed_up(maker, job) for name, maker in makers.items()}
     running = {name: record for name, record in records.items() if record.error is None}
     say(f"warmed up: {', '.join(running)}")
-    for round_index in range(repeat):
-        order = list(running)
+    order = list(running)
+    for round_index in range(repeat if order else 0):
         for name in order[round_index % len(order) :] + order[: round_index % len(order)]:
             record = running[name]
             assert record.method is not None
@@ -201,7 +199,7 @@ def _result(
                 "max": max(record.seconds),
                 "all": record.seconds,
             },
-            "communication_share": None if compute is None or name == "single" else 1 - compute / median,
+            "communication_share": None if name == "single" else _beyond(compute, median),
             "bytes": None if links is None else dict(zip(level_names, links, strict=True)),
             "counted_bytes": None if links is None else _host_bytes(links, hosts, sizes),
             "interface_bytes": None if None in crossed else max(dict(zip(hosts, crossed, strict=True)).values()),
@@ -220,6 +218,11 @@ def _result(
         "compute_seconds": compute,
         "methods": methods,
     }
+
+
+def _beyond(compute: float | None, median: float) -> float | None:
+    """The share of a step that is not compute. None where compute alone took longer: the timings do not fit then."""
+    return None if compute is None or compute > median else 1 - compute / median
 
 
 def _limit(compute: float | None, steps: Sequence[Sequence[int]], rates: Mapping[int, float]) -> float | None:

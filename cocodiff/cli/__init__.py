@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import traceback
+from typing import Annotated
 
 import typer
 
@@ -11,7 +13,7 @@ from cocodiff.cli.copies import copies
 from cocodiff.cli.doctor import doctor
 from cocodiff.cli.generate import generate
 from cocodiff.cli.report import report_app
-from cocodiff.cli.start import rank_words
+from cocodiff.cli.together import say_once
 from cocodiff.errors import CocodiffError
 
 app = typer.Typer(
@@ -27,10 +29,41 @@ app.add_typer(bench_app, name="bench")
 app.add_typer(report_app, name="report")
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        from cocodiff import __version__
+
+        print(f"cocodiff {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version of cocodiff.")
+    ] = False,
+) -> None:
+    """Run diffusion transformers of diffusers on many ranks."""
+
+
 def main() -> None:
-    """Run the command line. An error meant for the user is printed as one line with its rank, and the status is 2."""
+    """Run the command line. An error meant for the user is one line, said once for all ranks; the status is 2 then."""
     try:
-        app()
+        raise SystemExit(app(standalone_mode=False) or 0)
     except CocodiffError as error:
-        print(f"cocodiff{rank_words()}: {error}", file=sys.stderr)
+        if "--verbose" in sys.argv:
+            traceback.print_exc()
+        say_once(str(error))
+        raise SystemExit(2) from None
+    except typer.Abort:
+        raise SystemExit(130) from None
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # those of a wrong command line have it, in click and in typer's copy
+            raise
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()  # type: ignore[attr-defined]
+        else:
+            context = getattr(error, "ctx", None)
+            command = context.command_path if context is not None else "cocodiff"
+            say_once(f"{error.format_message()} `{command} --help` lists what there is.")
         raise SystemExit(2) from None

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import shlex
 import sys
-from dataclasses import replace
-from fractions import Fraction
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from cocodiff.cli.start import CLUSTER_HELP, DEVICE_HELP, RANKS_HELP, start_ranks
-from cocodiff.config import DEGREES
+from cocodiff.cli.asked import Asked
+from cocodiff.cli.files import check_file, check_folder
+from cocodiff.cli.start import CLUSTER_HELP, DEVICE_HELP, MOST_RANKS, RANKS_HELP, say, start_ranks
+from cocodiff.cli.together import on_all_ranks, quiet_others, this_rank
 from cocodiff.errors import ConfigError
+from cocodiff.topology import load_cluster
+from cocodiff.topology.detect import check_name
 
 bench_app = typer.Typer(help="Measure several methods in turn within one run: seconds, bytes and limits.")
 
@@ -56,20 +59,23 @@ def bench(
         str | None,
         typer.Option(help="Number of ranks that share the heads of a part. A list as for --cfg-degree."),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Number of denoising steps in each timing.")] = 1,
-    repeat: Annotated[int, typer.Option(min=1, help="Number of timings of each method.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, max=10_000, help="Number of denoising steps in each timing.")] = 1,
+    repeat: Annotated[int, typer.Option(min=1, max=10_000, help="Number of timings of each method.")] = 5,
     tokens: Annotated[
-        int | None, typer.Option(min=1, help="Number of image tokens. If left out, that of the scaled shape.")
+        int | None,
+        typer.Option(min=1, max=2**24, help="Number of image tokens. If left out, that of the scaled shape."),
     ] = None,
     text: Annotated[
-        int | None, typer.Option(min=1, help="Number of text tokens. If left out, that of the scaled shape.")
+        int | None,
+        typer.Option(min=1, max=2**20, help="Number of text tokens. If left out, that of the scaled shape."),
     ] = None,
     width: Annotated[
         int | None,
-        typer.Option(min=8, help="Width of the model, heads x head_dim. If left out, that of the scaled shape."),
+        typer.Option(min=8, max=2**16, help="Width of the model, heads x head_dim. If left out, the scaled shape's."),
     ] = None,
     heads: Annotated[
-        int | None, typer.Option(min=1, help="Number of attention heads. If left out, that of the shape.")
+        int | None,
+        typer.Option(min=1, max=2**12, help="Number of attention heads. If left out, that of the shape."),
     ] = None,
     layers: Annotated[
         str | None,
@@ -79,11 +85,12 @@ def bench(
         ),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Type of the weights: float32 (the default), bfloat16 or float16.")
+        str | None,
+        typer.Option(help="Type of the weights: float32 (the default), bfloat16 (bf16) or float16 (fp16)."),
     ] = None,
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
     cluster: Annotated[str, typer.Option(envvar="EMULATED_CLUSTER", help=CLUSTER_HELP)] = "auto",
-    ranks: Annotated[int | None, typer.Option(min=1, help=RANKS_HELP)] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, max=MOST_RANKS, help=RANKS_HELP)] = None,
     json: Annotated[
         Path | None, typer.Option("--json", help="Write the result as JSON into this file; - prints it instead.")
     ] = None,
@@ -97,42 +104,50 @@ def bench(
     """Run several methods in turn on one model shape and say how long they took and how much they sent."""
     if context.invoked_subcommand is not None:
         return
+    quiet_others()
+    files = {"--json": json, "--plot": plot}
+    meshes = (cfg_degree, ring_degree, ulysses_degree)
+    asked = Asked(shape, scale, methods, tokens, text, width, heads, layers, dtype, meshes)
+    check = partial(_check, files, save, cluster)
+    if ranks is not None or this_rank()[1] == 1:
+        asked.check()
+        check()
     if ranks is not None:
         raise SystemExit(start_ranks(ranks))
     from cocodiff.bench import results
+    from cocodiff.bench.memory import check_memory
     from cocodiff.bench.run import run_bench
-    from cocodiff.bench.shapes import named_shape
     from cocodiff.launch.job import start_job
 
-    chosen = named_shape(shape).scaled(_fraction(scale))
-    changes: dict[str, Any] = {"image": tokens, "text": text, "heads": heads, "dtype": dtype}
-    if layers is not None:
-        changes["double"], changes["single"] = _layers(layers)
-    chosen = replace(chosen, **{name: value for name, value in changes.items() if value is not None})
-    if width is not None or heads is not None:
-        wanted = width or named_shape(shape).scaled(_fraction(scale)).width
-        if wanted % (8 * chosen.heads):
-            raise ConfigError(f"width {wanted} does not make {chosen.heads} heads of a multiple of 8 channels.")
-        chosen = replace(chosen, head_dim=wanted // chosen.heads)
-    results.check_folder(save)
     job = start_job(device)
-    say = (lambda text: print(text, file=sys.stderr)) if job.is_main else (lambda text: None)
+    with on_all_ranks(job, "checking the options"):
+        if job.is_main and job.world_size > 1:
+            asked.check()
+            check()
+        if trace is not None:
+            check_folder(trace, "--trace")
+        load_cluster(cluster, job.hosts, job.device.type)
+        chosen = asked.model()
+        check_memory(chosen, job, len(asked.names))
+    say_main = say if job.is_main else (lambda text: None)
+    say_main(f"building {chosen.name} of width {chosen.width} for {len(asked.names)} method(s) ...")
     with job.watched("cocodiff bench"):
-        meshes = _meshes(cfg_degree, ring_degree, ulysses_degree)
-        result = run_bench(chosen, methods.split(","), job, cluster, steps, repeat, say, trace, meshes)
+        result = run_bench(chosen, asked.names, job, cluster, steps, repeat, say_main, trace, asked.degrees)
     if not job.is_main:
         return
     command = os.environ.get("EMULATED_COMMAND") or shlex.join(["cocodiff", *sys.argv[1:]])
     if str(json) == "-":
         print(results.as_json(result))
-        return
-    print(results.headline(result), results.table(result), sep="\n\n")
-    if json is not None:
+    else:
+        print(results.headline(result), *results.doubts(result), results.table(result), sep="\n\n")
+    if json is not None and str(json) != "-":
         results.write(json, results.as_json(result))
     if plot is not None:
         results.plot(result, plot)
     if save is not None:
         print("saved", *results.save(result, save, command))
+    if all("error" in row for row in result["methods"].values()):
+        raise ConfigError("no method ran: the table says why.")
 
 
 @bench_app.command()
@@ -147,21 +162,30 @@ def collectives(
     ] = Path("cluster.json"),
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
     cluster: Annotated[str, typer.Option(envvar="EMULATED_CLUSTER", help=CLUSTER_HELP)] = "auto",
-    ranks: Annotated[int | None, typer.Option(min=1, help=RANKS_HELP)] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, max=MOST_RANKS, help=RANKS_HELP)] = None,
     json: Annotated[Path | None, typer.Option("--json", help="Write all timings as JSON into this file.")] = None,
 ) -> None:
     """Time every exchange over message sizes and write a cluster file with the measured latencies and bandwidths."""
+    quiet_others()
+    if not patience > 0:
+        raise ConfigError(f"--patience {patience} is not above 0.")
+    check = partial(_check, {"--out": out, "--json": json}, None, cluster)
+    if ranks is not None or this_rank()[1] == 1:
+        check()
     if ranks is not None:
         raise SystemExit(start_ranks(ranks))
     from cocodiff.bench import results
     from cocodiff.bench.collectives import collectives_table, run_collectives
     from cocodiff.launch.job import start_job
 
-    results.check_folder(out.resolve().parent)
     job = start_job(device)
-    say = (lambda text: print(text, file=sys.stderr)) if job.is_main else (lambda text: None)
+    with on_all_ranks(job, "checking the options"):
+        if job.is_main and job.world_size > 1:
+            check()
+        load_cluster(cluster, job.hosts, job.device.type)
+    say_main = say if job.is_main else (lambda text: None)
     with job.watched("cocodiff bench collectives"):
-        result, measured = run_collectives(job, cluster, largest, repeat, patience, say)
+        result, measured = run_collectives(job, cluster, largest, repeat, patience, say_main)
     if not job.is_main:
         return
     results.write(out, measured.to_json() + "\n")
@@ -173,27 +197,17 @@ def collectives(
     print(f"written: {out}; use it with cocodiff.wrap(pipe, cluster={str(out)!r})")
 
 
-def _fraction(text: str) -> Fraction:
-    try:
-        return Fraction(text)
-    except (ValueError, ZeroDivisionError):
-        raise ConfigError(f"--scale {text} is no number: write 1/16 or 0.0625.") from None
-
-
-def _meshes(*options: str | None) -> list[dict[str, int]]:
-    """Return all combinations of the degrees that were given; options are those of DEGREES, in that order."""
-    choices = []
-    for name, text in zip(DEGREES, options, strict=True):
-        parts = [] if text is None else text.split(",")
-        if not all(part.isdecimal() and int(part) for part in parts):
-            raise ConfigError(f"--{name.replace('_', '-')} {text}: write whole numbers, with commas.")
-        choices.append([{name: int(part)} for part in parts] or [{}])
-    return [cfg | ring | ulysses for cfg, ring, ulysses in itertools.product(*choices)]
-
-
-def _layers(text: str) -> tuple[int, int]:
-    """Return the numbers of double and single blocks."""
-    parts = text.split(",") if "," in text else [text, "0"]
-    if len(parts) != 2 or not all(part.isdecimal() for part in parts) or not sum(map(int, parts)):
-        raise ConfigError(f"--layers {text}: write the numbers of double and single blocks: 2,4; or one number.")
-    return int(parts[0]), int(parts[1])
+def _check(files: dict[str, Path | None], save: Path | None, cluster: str) -> None:
+    """Raise ConfigError for an unknown cluster, and if a result could not be written in the end. Looks at this host."""
+    check_name(cluster)
+    plot = files.get("--plot")
+    if plot is not None and plot.suffix.lower() != ".png":
+        raise ConfigError(f"--plot {plot}: plots are PNG files: write plot.png.")
+    if (plot is not None or save is not None) and find_spec("matplotlib") is None:
+        raise ConfigError("plots need matplotlib: pip install 'cocodiff[plot]'")
+    for option, path in files.items():
+        if path is not None and str(path) != "-":
+            check_folder(path.parent, option)
+            check_file(path, option)
+    if save is not None:
+        check_folder(save, "--save")

@@ -7,15 +7,18 @@ from typing import Annotated
 
 import typer
 
+from cocodiff.cli.asked import whole_numbers
 from cocodiff.errors import ConfigError
+
+MOST_RANKS = 4096
 
 
 def copies(
     shapes: Annotated[str, typer.Option(help="The shapes, separated by commas.")] = "flux-dev,flux2-dev,qwen-image",
-    pixels: Annotated[int, typer.Option(min=16, help="Height and width of the picture, in pixels.")] = 2304,
+    pixels: Annotated[int, typer.Option(min=16, max=2**16, help="Height and width of the picture, in pixels.")] = 2304,
     ranks: Annotated[str, typer.Option(help="Numbers of ranks, separated by commas.")] = "24,96",
     cluster: Annotated[str, typer.Option(help="The cluster: a preset's name, or a JSON file.")] = "aurora",
-    batch: Annotated[int, typer.Option(min=1, help="Pictures in one call.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, max=2**16, help="Pictures in one call.")] = 1,
     branches: Annotated[int, typer.Option(min=1, max=2, help="2 where guidance is a forward of its own.")] = 1,
 ) -> None:
     """The held copies of each shape: GB on the rank that holds most. Nothing is run."""
@@ -24,18 +27,17 @@ def copies(
     from cocodiff.selective.memory import held_bytes
     from cocodiff.topology import load_cluster
 
+    named = [named_shape(name.strip()) for name in shapes.split(",")]
+    counts = whole_numbers("--ranks", ranks, MOST_RANKS)
+    clusters = {count: load_cluster(cluster, ["host"] * count, "cpu")[0] for count in counts}
+    if not all(any(where.slow) for where in clusters.values()):
+        raise ConfigError(f"--cluster {cluster}: none of its levels is slow.")
     print("| model | ranks | mesh | held copies, GB a rank | weights in bfloat16, GB |\n|---|---|---|---|---|")
-    for name in shapes.split(","):
-        shape = replace(named_shape(name), image=(pixels // 16) ** 2)
+    for one in named:
+        shape = replace(one, image=(pixels // 16) ** 2)
         streams = {"text": shape.text, "image": shape.image}
-        for text in ranks.split(","):
-            if not text.isdecimal() or not int(text):
-                raise ConfigError(f"--ranks {text}: write whole numbers, with commas.")
-            count = int(text)
-            where, _ = load_cluster(cluster, ["host"] * count, "cpu")
-            slow = next((level for level, yes in enumerate(where.slow) if yes), None)
-            if slow is None:
-                raise ConfigError(f"--cluster {cluster}: none of its levels is slow.")
+        for count, where in clusters.items():
+            slow = where.slow.index(True)
             for ring in (None, 1):
                 try:
                     degrees = choose_degrees(where, shape.heads, ring=ring, selective=True)
@@ -45,7 +47,7 @@ def copies(
                 most = max(
                     held_bytes(where, degrees, slow, rank, streams, layers, batch, branches) for rank in range(count)
                 )
-                print(f"| {name}, {pixels} px | {count} | {degrees} | {most / 1e9:.2f} | {_weights(name)} |")
+                print(f"| {one.name}, {pixels} px | {count} | {degrees} | {most / 1e9:.2f} | {_weights(one.name)} |")
 
 
 def _weights(name: str) -> str:

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from cocodiff.errors import ConfigError
+from cocodiff.bench.results import write
+from cocodiff.cli.files import check_file
 
 report_app = typer.Typer(no_args_is_help=True)
 
@@ -33,12 +34,12 @@ def trace(
     from cocodiff.observe.summary import describe, summary
     from cocodiff.observe.trace import read_traces, spans_by_rank
 
+    if plot is not None:
+        check_file(plot, "--plot")
     events = read_traces(folder)
     merged = out or folder / "merged.json"
-    try:
-        merged.write_text(json.dumps({"traceEvents": events}))
-    except OSError as error:
-        raise ConfigError(f"{merged}: cannot be written ({error.strerror or error}).") from None
+    check_file(merged, "--out")
+    write(merged, json.dumps({"traceEvents": events}))
     spans = spans_by_rank(events)
     print(describe(summary(spans)))
     print(f"merged: {merged} (open it in https://ui.perfetto.dev)")

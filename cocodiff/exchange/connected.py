@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
+from cocodiff.exchange.delivery import check_delivery
 from cocodiff.exchange.flat import FlatExchange
 from cocodiff.exchange.lanes import Lane
 from cocodiff.exchange.ring import Ring
 from cocodiff.exchange.staged import StagedExchange
-from cocodiff.exchange.transport import Transport
+from cocodiff.exchange.transport import GroupTransport, Transport
 from cocodiff.exchange.ulysses import Exchange
 from cocodiff.observe.bytes import ByteCounter
 from cocodiff.parallel.mesh import Axis, Mesh
@@ -44,7 +45,11 @@ class ConnectedMesh:
     def connect(
         cls, mesh: Mesh, lane: Callable[[int], Lane], counter: ByteCounter, make: TransportMaker
     ) -> ConnectedMesh:
-        """Make all transports. `lane` gives the lane of a level of the cluster."""
+        """Make all transports. `lane` gives the lane of a level of the cluster. Collective over all ranks.
+
+        Raises:
+            LaunchError: on XPUs, whose backend has been wrong without an error, where a pattern does not arrive.
+        """
 
         made: dict[tuple[int, ...], Transport] = {}  # axes of the same ranks share a group, and so its transport
 
@@ -59,6 +64,12 @@ class ConnectedMesh:
             for level, group in mesh.level_groups.items()
         }
         axes = {name: of(getattr(mesh, name)) for name in ("everyone", "sequence", "ulysses", "ring", "cfg")}
+        unchecked: dict[str, Transport] = {}
+        for name, one in (axes | {f"level {mesh.cluster.levels[at].name}": one for at, one in levels.items()}).items():
+            if isinstance(one, GroupTransport) and one.lane.device.type == "xpu" and one not in unchecked.values():
+                unchecked[name] = one
+        if unchecked:
+            check_delivery(unchecked, mesh.host_group)
         exchanges: dict[str, Exchange] = {"flat": FlatExchange(axes["ulysses"])}
         if levels:
             exchanges["staged"] = StagedExchange(sizes, mesh.ulysses.rank, levels)

@@ -10,6 +10,7 @@ so the collectives on a lane meet in the same order everywhere; each lane has pr
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections.abc import Callable
@@ -50,6 +51,12 @@ class Lane(Protocol):
         `source` is a tensor of the caller's own, or the ticket of another lane: that is how the stages of a staged
         exchange follow each other without the caller's help. `label` names the work in a timeline. Where the lane is a
         thread and the work has a `begin`, that is called as soon as there is a source, ahead of what is still running.
+        """
+
+    def catch_up(self) -> None:
+        """Let nothing that the caller computes from here on run before what was submitted here has ended.
+
+        After an exception: whatever the lane's work still reads or writes may be freed then. Does not block the host.
         """
 
     def close(self) -> None:
@@ -101,6 +108,9 @@ class ThreadLane:
         self._tasks.put(task)
         return ThreadTicket(promise)
 
+    def catch_up(self) -> None:
+        pass  # the work itself holds what it reads and writes
+
     def close(self) -> None:
         self._tasks.put(None)
 
@@ -145,7 +155,7 @@ class StreamLane:
         self.timeline: Timeline | None = None
         self.submitted = 0
         self._api = torch.get_device_module(device)
-        self._stream = self._api.Stream(device=device)
+        self._stream = self._api.Stream(device=device, priority=-1)  # ahead of compute: it is short, and others wait
 
     def submit(self, work: Work, source: Tensor | Ticket, label: str) -> StreamTicket:
         self.submitted += 1
@@ -156,6 +166,9 @@ class StreamLane:
                 result = work(tensor)
             done = self._stream.record_event()
         return StreamTicket(self._api, self.device, done, result, keep=(tensor, source))
+
+    def catch_up(self) -> None:
+        self._api.current_stream(self.device).wait_stream(self._stream)
 
     def close(self) -> None:
         pass  # a stream needs no end
@@ -178,6 +191,18 @@ class StreamTicket:
 
 def _span(lane: Lane, label: str) -> AbstractContextManager[None]:
     return nullcontext() if lane.timeline is None else lane.timeline.span(lane.name, label)
+
+
+def share_one_lane(device: torch.device) -> bool:
+    """Whether all links must share one lane, so that their collectives start in one order on every rank's device.
+
+    NCCL needs one order of all collectives, of whatever communicators and streams. From 2.26 on it keeps that of the
+    host if NCCL_LAUNCH_ORDER_IMPLICIT=1 was set before its first communicator; else two streams could start theirs in
+    another order on another rank, and both would wait for ever.
+    """
+    if device.type != "cuda":
+        return False
+    return torch.cuda.nccl.version()[:2] < (2, 26) or os.environ.get("NCCL_LAUNCH_ORDER_IMPLICIT") != "1"
 
 
 def make_lane(name: str, device: torch.device) -> Lane:

@@ -32,9 +32,7 @@ class Ring:
         rank, size, source = self._transport.rank, len(rows), own
         tickets: list[Ticket] = []
         for distance in range(1, size):
-            send_splits, recv_splits = [0] * size, [0] * size
-            send_splits[(rank + 1) % size] = rows[(rank - distance + 1) % size] * width
-            recv_splits[(rank - 1) % size] = rows[(rank - distance) % size] * width
-            source = self._transport.all_to_all(source, send_splits, recv_splits, dtype, label)
+            leaving, arriving = (rank - distance + 1) % size, (rank - distance) % size
+            source = self._transport.pass_on(source, rows[leaving] * width, rows[arriving] * width, dtype, label)
             tickets.append(source)
         return tickets

@@ -59,7 +59,34 @@ class Transport(ABC):
         """
         sent = [count * dtype.itemsize for count in send_splits]
         self._count(label, sent, sent if exact_bytes is None else exact_bytes)
-        return self.lane.submit(self._all_to_all(list(send_splits), list(recv_splits), out, prepare), send, label)
+        # Sizes of exact parts are products of a number of the source and one of the destination: where none is zero and
+        # one rank finds all of its parts equal, so does every rank. Of coded parts that does not hold.
+        equal = exact_bytes is None and send_splits[0] > 0 and len({*send_splits, *recv_splits}) == 1
+        work = self._all_to_all(list(send_splits), list(recv_splits), equal, out, prepare)
+        return self.lane.submit(work, send, label)
+
+    def pass_on(
+        self,
+        send: Tensor | Ticket,
+        send_count: int,
+        recv_count: int,
+        dtype: torch.dtype,
+        label: str,
+        *,
+        prepare: Prepare | None = None,
+        exact_bytes: int | None = None,
+    ) -> Ticket:
+        """Send a buffer to the next rank and receive that of the rank before, around all ranks of the group.
+
+        Args:
+            send_count, recv_count: elements of the buffers, which may have none.
+            send, dtype, label, prepare, exact_bytes: as in `all_to_all`.
+        """
+        sent, exact, ahead = [0] * self.size, [0] * self.size, (self.rank + 1) % self.size
+        sent[ahead] = send_count * dtype.itemsize
+        exact[ahead] = sent[ahead] if exact_bytes is None else exact_bytes
+        self._count(label, sent, exact)
+        return self.lane.submit(self._pass_on(send_count, recv_count, prepare), send, label)
 
     def all_gather(self, x: Tensor, label: str) -> Ticket:
         """Gather a tensor of the same shape on all ranks; the ticket gives `(size, *shape)`."""
@@ -71,9 +98,16 @@ class Transport(ABC):
 
     @abstractmethod
     def _all_to_all(
-        self, send_splits: list[int], recv_splits: list[int], out: Tensor | None, prepare: Prepare | None
+        self, send_splits: list[int], recv_splits: list[int], equal: bool, out: Tensor | None, prepare: Prepare | None
     ) -> Work:
-        """The work of an all-to-all, for the lane."""
+        """The work of an all-to-all, for the lane. `equal`: all parts of all ranks are of one size."""
+
+    def _pass_on(self, send_count: int, recv_count: int, prepare: Prepare | None) -> Work:
+        """The work of `pass_on`: here an all-to-all whose other parts are empty."""
+        send_splits, recv_splits = [0] * self.size, [0] * self.size
+        send_splits[(self.rank + 1) % self.size] = send_count
+        recv_splits[(self.rank - 1) % self.size] = recv_count
+        return self._all_to_all(send_splits, recv_splits, False, None, prepare)
 
     @abstractmethod
     def _all_gather(self, send: Tensor) -> Tensor:
@@ -96,9 +130,10 @@ class GroupTransport(Transport):
         self.group = group
 
     def _all_gather(self, send: Tensor) -> Tensor:
-        out = send.new_empty(self.size, *send.shape)
-        dist.all_gather(list(out), send, group=self.group)
-        return out
+        out = send.new_empty(self.size * send.numel())
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+        gather(out, send.flatten(), group=self.group)
+        return out.view(self.size, *send.shape)
 
 
 class PointToPointTransport(GroupTransport):
@@ -114,7 +149,7 @@ class PointToPointTransport(GroupTransport):
         self._messages = 0  # the same on all ranks of the group, whose programs are the same
 
     def _all_to_all(
-        self, send_splits: list[int], recv_splits: list[int], out: Tensor | None, prepare: Prepare | None
+        self, send_splits: list[int], recv_splits: list[int], equal: bool, out: Tensor | None, prepare: Prepare | None
     ) -> Work:
         self._messages += 1
         return _Messages(self.group, self._messages % 2**30, send_splits, recv_splits, out, prepare)
@@ -159,36 +194,56 @@ class _Messages:
 
 
 class CollectiveTransport(GroupTransport):
-    """One `all_to_all_single`, started in the lane's order: NCCL, MPI."""
+    """One collective of the backend at a time, in the lane's order: NCCL, MPI."""
 
     def _all_to_all(
-        self, send_splits: list[int], recv_splits: list[int], out: Tensor | None, prepare: Prepare | None
+        self, send_splits: list[int], recv_splits: list[int], equal: bool, out: Tensor | None, prepare: Prepare | None
     ) -> Work:
         def work(send: Tensor) -> Tensor:
             send = send if prepare is None else prepare(send)
             recv = send.new_empty(sum(recv_splits)) if out is None else out
-            return self._exchange(recv, send, recv_splits, send_splits)
+            if equal:  # no splits: an operation of its own in oneCCL, whose other one has been wrong (oneCCL#190)
+                dist.all_to_all_single(recv, send, group=self.group)
+            else:
+                self._uneven(recv, send, recv_splits, send_splits)
+            return recv
 
         return work
 
-    def _exchange(self, recv: Tensor, send: Tensor, recv_splits: list[int], send_splits: list[int]) -> Tensor:
+    def _uneven(self, recv: Tensor, send: Tensor, recv_splits: list[int], send_splits: list[int]) -> None:
         dist.all_to_all_single(recv, send, recv_splits, send_splits, group=self.group)
-        return recv
+
+    def _pass_on(self, send_count: int, recv_count: int, prepare: Prepare | None) -> Work:
+        ahead, behind = (self.rank + 1) % self.size, (self.rank - 1) % self.size
+
+        def work(send: Tensor) -> Tensor:
+            send = send if prepare is None else prepare(send)
+            # An empty part goes as one element: all ranks take part in every batch, the group's first included.
+            recv, sent = send.new_empty(max(recv_count, 1)), send if send_count else send.new_zeros(1)
+            both = [
+                dist.P2POp(dist.isend, sent, group=self.group, group_peer=ahead),
+                dist.P2POp(dist.irecv, recv, group=self.group, group_peer=behind),
+            ]
+            for one in dist.batch_isend_irecv(both):
+                one.wait()
+            return recv[:recv_count]
+
+        return work
 
 
 class XcclTransport(CollectiveTransport):
     """As NCCL, where empty parts of uneven splits crash (oneCCL): an element stands in for each."""
 
-    def _exchange(self, recv: Tensor, send: Tensor, recv_splits: list[int], send_splits: list[int]) -> Tensor:
+    def _uneven(self, recv: Tensor, send: Tensor, recv_splits: list[int], send_splits: list[int]) -> None:
         if 0 not in send_splits + recv_splits:
-            return super()._exchange(recv, send, recv_splits, send_splits)
+            return super()._uneven(recv, send, recv_splits, send_splits)
         filler = send.new_zeros(1)
         padded = torch.cat([part if len(part) else filler for part in send.split(send_splits)])
         splits = [max(count, 1) for count in recv_splits]
         arrived = recv.new_empty(sum(splits))
-        super()._exchange(arrived, padded, splits, [max(count, 1) for count in send_splits])
+        super()._uneven(arrived, padded, splits, [max(count, 1) for count in send_splits])
         parts = zip(arrived.split(splits), recv_splits, strict=True)
-        return recv.copy_(torch.cat([part[:count] for part, count in parts]))
+        recv.copy_(torch.cat([part[:count] for part, count in parts]))
 
 
 class LocalTransport(Transport):
@@ -198,7 +253,7 @@ class LocalTransport(Transport):
     """
 
     def _all_to_all(
-        self, send_splits: list[int], recv_splits: list[int], out: Tensor | None, prepare: Prepare | None
+        self, send_splits: list[int], recv_splits: list[int], equal: bool, out: Tensor | None, prepare: Prepare | None
     ) -> Work:
         def work(x: Tensor) -> Tensor:
             x = x if prepare is None else prepare(x)

@@ -43,8 +43,9 @@ def tiny_pipeline(family: str = "flux", task: str | None = None, dtype: torch.dt
     Returns:
         The pipeline. Pictures are 64 x 64 px unless the call says otherwise: 256 image tokens.
 
-    >>> tiny_pipeline("sd3").transformer.config.num_layers
-    4
+    Examples:
+        >>> tiny_pipeline("sd3").transformer.config.num_layers
+        4
     """
     small: Small = family_named(family).part("small").SMALL
     if task is None:

@@ -22,7 +22,11 @@ COLOURS = {
 
 
 def plot_step(spans: Mapping[int, Sequence[Span]], path: Path, title: str) -> None:
-    """Draw the first forward of every rank: a row for compute, and below it one for each lane. Waits stay white."""
+    """Draw the first forward of every rank: a row for compute, and below it one for each lane. Waits stay white.
+
+    Raises:
+        ConfigError: matplotlib is missing, or the file cannot be written.
+    """
     try:
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
@@ -47,4 +51,7 @@ def plot_step(spans: Mapping[int, Sequence[Span]], path: Path, title: str) -> No
     )  # fmt: skip
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    figure.savefig(path, dpi=130)
+    try:
+        figure.savefig(path, dpi=130)
+    except (OSError, ValueError) as error:  # ValueError: a suffix that matplotlib does not know
+        raise ConfigError(f"{path}: cannot be written ({error}).") from None

@@ -20,9 +20,10 @@ def summary(spans: Mapping[int, Sequence[Span]]) -> dict[str, Any]:
         `hidden`: tensor -> the share of its time on lanes during which compute did not wait for it, over all ranks;
             None if no lane carried it.
         `slowest`: the rank that waited least, since the others wait for it.
-        `bubble`: the longest wait: `rank`, `label`, `seconds`, and `at`, the second at which it began.
+        `bubble`: the longest wait: `rank`, `label`, `seconds`, and `at`, the second at which it began; None if compute
+            never waited.
     """
-    steps = max(1, sum(span.label == "forward" for span in next(iter(spans.values()))))
+    steps = max(1, *(sum(span.label == "forward" for span in mine) for mine in spans.values()))
     waits = {rank: [span for span in mine if span.label.startswith("wait ")] for rank, mine in spans.items()}
     exposed = {rank: sum(span.seconds for span in mine) / steps for rank, mine in waits.items()}
     every = [span for mine in spans.values() for span in mine]
@@ -31,7 +32,8 @@ def summary(spans: Mapping[int, Sequence[Span]]) -> dict[str, Any]:
         busy = sum(span.seconds for span in every if span.lane != COMPUTE and span.label == tensor)
         waited = sum(span.seconds for mine in waits.values() for span in mine if span.label == f"wait {tensor}")
         hidden[tensor] = None if busy == 0 else max(0.0, 1 - waited / busy)
-    longest = max(((span, rank) for rank, mine in waits.items() for span in mine), key=lambda x: x[0].seconds)
+    every_wait = ((span, rank) for rank, mine in waits.items() for span in mine)
+    longest = max(every_wait, key=lambda x: x[0].seconds, default=None)
     forwards = [sum(span.seconds for span in mine if span.label == "forward") / steps for mine in spans.values()]
     return {
         "steps": steps,
@@ -39,7 +41,9 @@ def summary(spans: Mapping[int, Sequence[Span]]) -> dict[str, Any]:
         "exposed_seconds": exposed,
         "hidden": hidden,
         "slowest": min(exposed, key=lambda rank: exposed[rank]),
-        "bubble": {
+        "bubble": None
+        if longest is None
+        else {
             "rank": longest[1],
             "label": longest[0].label,
             "seconds": longest[0].seconds,
@@ -57,14 +61,16 @@ def describe(found: Mapping[str, Any]) -> str:
         "|---|---|---|",
     ]
     for rank, seconds in found["exposed_seconds"].items():
+        share = seconds / found["seconds"] if found["seconds"] > 0 else 0.0
         mark = " (waits least: the others wait for it)" if rank == found["slowest"] else ""
-        lines.append(f"| {rank}{mark} | {seconds:.3f} s | {seconds / found['seconds']:.0%} |")
+        lines.append(f"| {rank}{mark} | {seconds:.3f} s | {share:.0%} |")
     shares = [f"{name.upper()} {share:.0%}" for name, share in found["hidden"].items() if share is not None]
+    lines += ["", f"hidden share of each tensor's time on the lanes: {', '.join(shares) or 'nothing was on a lane'}"]
     bubble = found["bubble"]
-    lines += [
-        "",
-        f"hidden share of each tensor's time on the lanes: {', '.join(shares)}",
+    if bubble is None:
+        return "\n".join([*lines, "compute never waited"])
+    lines.append(
         f"biggest bubble: rank {bubble['rank']}, {bubble['label']}, {bubble['seconds'] * 1e3:.1f} ms "
-        f"at {bubble['at']:.3f} s",
-    ]
+        f"at {bubble['at']:.3f} s"
+    )
     return "\n".join(lines)

@@ -6,6 +6,7 @@ A folder holds `trace-rank0.json` and so on. A process stands for a rank, with a
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,28 +34,36 @@ def write_trace(timeline: Timeline, folder: Path, rank: int) -> None:
 
 
 def read_traces(folder: Path) -> list[dict[str, Any]]:
-    """Return the events of all ranks of a folder. ConfigError if there are none."""
+    """Return the events of all ranks of a folder. ConfigError if there are none, or if a file holds something else."""
     paths = sorted(folder.glob("trace-rank*.json"))
     if not paths:
         raise ConfigError(f"{folder} holds no trace-rank*.json: run generate or bench with --trace {folder} first.")
     events = []
     for path in paths:
         try:
-            events += json.loads(path.read_text())["traceEvents"]
-        except (ValueError, KeyError, TypeError):
-            raise ConfigError(f"{path} is no trace of cocodiff.") from None
+            found = json.loads(path.read_text())["traceEvents"]
+            spans = spans_by_rank(found)
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read ({error.strerror or error}).") from None
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise ConfigError(f"{path} is no trace of cocodiff, or damaged: record it again.") from None
+        if not spans or not all(any(span.label == "forward" for span in mine) for mine in spans.values()):
+            raise ConfigError(f"{path} holds no step: nothing was drawn while it was recorded.")
+        events += found
     return events
 
 
 def spans_by_rank(events: Sequence[Mapping[str, Any]]) -> dict[int, list[Span]]:
-    """Return the spans that `write_trace` wrote, rank by rank."""
+    """Return the spans that `write_trace` wrote, rank by rank. ValueError, TypeError or KeyError for other events."""
     names = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
     spans: dict[int, list[Span]] = {}
     for event in events:
         if event["ph"] == "X":
             lane = names[event["pid"], event["tid"]].removeprefix("lane ")
             begin, seconds = event["ts"] / 1e6, event["dur"] / 1e6
-            spans.setdefault(event["pid"], []).append(Span(lane, event["name"], begin, begin + seconds))
+            if not (math.isfinite(begin) and math.isfinite(seconds) and seconds >= 0 and event["name"].strip()):
+                raise ValueError(f"no span: {event}")
+            spans.setdefault(int(event["pid"]), []).append(Span(lane, event["name"], begin, begin + seconds))
     return dict(sorted(spans.items()))
 
 

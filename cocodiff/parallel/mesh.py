@@ -136,12 +136,19 @@ class Mesh:
         dist.barrier(group=host_group)  # who frees groups while another still connects to them breaks that one
         return cls(degrees, cluster, **axes, level_groups=levels, host_group=host_group, backend=backend)
 
-    def close(self) -> None:
-        """Free this mesh's own groups (not the host group). Collective."""
-        if self.backend == "gloo":  # others free theirs at exit: destroying subgroups is known to crash some
+    def close(self, together: bool = False) -> None:
+        """Free this mesh's own groups (not the host group).
+
+        Gloo's are freed by each rank for itself. NCCL's wait for their other ranks: those that close alone leave them
+        until the process ends. So do all with XCCL, whose communicators no call frees (torch-xpu-ops#5071).
+
+        Args:
+            together: all ranks close this mesh now, and no work that some of them lack is under way.
+        """
+        if self.backend == "gloo" or (self.backend == "nccl" and together):
             axes = (self.everyone, self.sequence, self.ulysses, self.ring, self.cfg)
             mine = {axis.ranks: axis.group for axis in axes if axis.group is not None}
-            for group in (*mine.values(), *self.level_groups.values()):
+            for group in (*mine.values(), *self.level_groups.values()):  # in one order on all ranks: nobody waits twice
                 if is_alive(group):  # the script may have freed all groups before
                     dist.destroy_process_group(group)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ class Tokens:
 
     streams: Mapping[str, tuple[int, ...]]
     rank: int = 0
+    _made: dict[Hashable, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def split(cls, lengths: Mapping[str, int], num_ranks: int, rank: int = 0) -> Tokens:
@@ -60,6 +61,18 @@ class Tokens:
     def mine(self) -> tuple[int, ...]:
         """This rank's tokens of each stream."""
         return tuple(sizes[self.rank] for sizes in self.streams.values())
+
+    def once(self, key: Hashable, source: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` gives, made once for a key and a source: the layers of a forward have one mask.
+
+        >>> tokens, valid = Tokens.split({"text": 2}, 1), torch.ones(1, 2)
+        >>> tokens.once("mask", valid, lambda: valid > 0) is tokens.once("mask", valid, lambda: valid > 0)
+        True
+        """
+        made = self._made.get(key)
+        if made is None or made[0] is not source:
+            self._made[key] = made = source, make()
+        return made[1]
 
     def exchanged(self, whole: Tensor, joint_rows: Sequence[tuple[int, slice]]) -> Tensor:
         """`(B, S)` of all tokens, stream after stream -> those of these joint rows of ranks, in this order.

@@ -45,7 +45,8 @@ def subclass(base: type) -> type:
     def inner(self: Any, *args: Any, **kwargs: Any) -> Any:
         for forward in self.cocodiff.forwards.values():
             if forward.call is not None:
-                forward.call.arguments = _by_name(theirs.__call__, self, args, kwargs)  # type: ignore[operator]
+                forward.call.arguments.clear()
+                forward.call.arguments.update(_by_name(theirs.__call__, self, args, kwargs))  # type: ignore[operator]
         return theirs.__call__(self, *args, **kwargs)  # type: ignore[operator]
 
     between = type(theirs.__name__, (theirs,), {"__call__": inner, "__module__": theirs.__module__})
@@ -83,13 +84,13 @@ def call_running(
     session, plan = forwards[0].session, forwards[0].plan()
     call = CallState(session, plan, session.connect(plan), forwards[0].transformer.dtype)
     call.guided = guided = functools.cache(guided)
-    settings, level = plan.selective, plan.coded_from
+    settings, level, mesh = plan.selective, plan.coded_from, call.mesh  # no cycle: what a call holds is freed with it
     if settings is not None and level is not None and times is not None:
 
         def selective() -> SelectiveCall:
-            branches = 2 if guided() and call.mesh.cfg.size == 1 and not batched else 1
+            branches = 2 if guided() and mesh.cfg.size == 1 and not batched else 1
             links = SlowLinks(level, session.lane("encode"), session.lane("decode"))
-            kv_only = plan.kv_only(call.mesh)
+            kv_only = plan.kv_only(mesh)
             return SelectiveCall(settings, kv_only, times, branches, session.device, session.warn, links)
 
         call.make_selective = selective
@@ -117,19 +118,19 @@ def _run(pipeline: Any, original: Callable, args: tuple, kwargs: dict[str, Any])
             share_random_state(job.device, job.host_group)
             family, before = family_of(handle.pipeline_class), session.bytes.snapshot()
             running = call_running(
-                list(forwards.values()), lambda: family.guided(pipeline, call.arguments), bool(family.batched),
+                list(forwards.values()), lambda: family.guided(pipeline, given), bool(family.batched),
                 partial(_times, pipeline),
             )  # fmt: skip
             with _quiet(pipeline, job.is_main), running as call:
-                call.arguments = given
+                call.arguments = given  # which a call within this one may replace
                 result = original(pipeline, *args, **kwargs)
             if call.mesh.cfg.size > 1 and not (family.batched or call.guided()):
                 text = "cfg_degree=2, but this call has no guidance: both halves of the ranks compute the same."
                 session.warn("idle half", text)
-        with job.watched(f"the end of a call of {name}"):  # a rank that waits in the call for one that is here hears it
+            session.settle()
+        with job.watched("the report of a call"):  # a rank that waits in the other for one that is here must hear it
             check_call(call)
             check_result(result, call, name)
-            session.settle()
             handle.last_report = call_report(call, before)
         return result
     finally:

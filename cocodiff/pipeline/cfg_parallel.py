@@ -37,7 +37,7 @@ def run_branch(call: CallState, family: Family, transformer: Any, given: dict[st
         return _half_batch(call, family, given, forward)
     if not call.guided():
         return forward(given)
-    shape, dtype = tuple(family.output_shape(transformer, given)), given["hidden_states"].dtype
+    shape, dtype = tuple(family.output_shape(transformer, given)), _projected(given["hidden_states"])
     if computes(call):
         output = forward(given)
         if output.shape != shape or output.dtype != dtype:
@@ -56,6 +56,12 @@ def run_branch(call: CallState, family: Family, transformer: Any, given: dict[st
     before.copy_(both[0])
     output.copy_(both[1])
     return output
+
+
+def _projected(x: Tensor) -> torch.dtype:
+    """The dtype of what a linear layer makes of a tensor: its own, or autocast's."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def check_pairs(call: CallState) -> None:

@@ -23,8 +23,8 @@ class Handle:
     """This rank's place in the run, and what was installed on the pipeline.
 
     Attributes:
-        is_main: true on the one rank that saves and prints.
-        cluster, cluster_reason: the topology in use and where it came from; None on one rank.
+        cluster: the topology in use; None on one rank.
+        cluster_reason: where it came from.
         forwards: by name, the transformers that run on shards; none on one rank, where only the device was changed.
         fingerprints: of the weights, as far as they were hashed.
     """
@@ -68,16 +68,20 @@ class Handle:
 
     @property
     def rank(self) -> int:
+        """This process's number in the run."""
         return self.job.rank
 
     @property
     def world_size(self) -> int:
+        """How many ranks there are."""
         return self.job.world_size
 
     @property
     def is_main(self) -> bool:
+        """Whether this is the one rank that saves and prints."""
         return self.job.is_main
 
     @property
     def device(self) -> torch.device:
+        """The device that this rank computes on."""
         return self.job.device

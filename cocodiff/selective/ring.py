@@ -27,7 +27,7 @@ class SelectiveRing:
     def start(self, own: Ticket, rows: Sequence[int], width: int, dtype: torch.dtype, label: str) -> list[Ticket]:
         """Send and receive the parts as `Ring.start` does."""
         transport, links, coding, size = self._axis.transport, self._axis.links, self._coding, len(rows)
-        behind, ahead = (transport.rank - 1) % size, (transport.rank + 1) % size
+        ahead = (transport.rank + 1) % size
         piece = f"ring {coding.next_piece(f'{label} ring')}"
 
         def parcel(end: str, part: int) -> Parcel:
@@ -44,8 +44,7 @@ class SelectiveRing:
         source, received = own, 0
         for distance in range(1, size):
             leaving, arriving = (transport.rank - distance + 1) % size, (transport.rank - distance) % size
-            send_splits, recv_splits, exact_bytes = [0] * size, [0] * size, [0] * size
-            exact_bytes[ahead] = sent = rows[leaving] * width * dtype.itemsize
+            exact_bytes = sent = rows[leaving] * width * dtype.itemsize
             if self._coded(leaving, transport.rank):
                 sent = received  # passed on as it came
             elif self._coded(leaving, ahead):
@@ -54,11 +53,10 @@ class SelectiveRing:
                 source = links.encoding.submit(partial(encode, ours), source, label)
             theirs = parcel("receive", arriving) if self._coded(arriving, transport.rank) else None
             received = rows[arriving] * width * dtype.itemsize if theirs is None else sum(theirs.block_bytes)
-            send_splits[ahead], recv_splits[behind] = sent, received
-            source = transport.all_to_all(
+            source = transport.pass_on(
                 source,
-                send_splits,
-                recv_splits,
+                sent,
+                received,
                 torch.uint8,
                 label,
                 prepare=lambda x: x.view(torch.uint8),  # the first is of elements

@@ -5,6 +5,7 @@ Bits go early: what is wrong in the first steps is drawn for good, while the las
 
 from __future__ import annotations
 
+import heapq
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -74,7 +75,7 @@ def budget_of(selective: Selective, kv_only: bool) -> tuple[str, float]:
 
 def share(selective: Selective, steps: int, kv_only: bool = False) -> float:
     """Return the share of an exact run's bytes that a run of so many steps sends: short ones send more, 1 is exact."""
-    return min(1.0, budget_of(selective, kv_only)[1] * max(1.0, SHORT_RUN / steps))
+    return min(1.0, budget_of(selective, kv_only)[1] * max(1.0, SHORT_RUN / max(steps, 1)))
 
 
 def codings(selective: Selective, steps: int, width: int, itemsize: int, kv_only: bool = False) -> tuple[Coding, ...]:
@@ -84,11 +85,13 @@ def codings(selective: Selective, steps: int, width: int, itemsize: int, kv_only
         width: elements of a row, of `itemsize` bytes each.
 
     Raises:
-        ConfigError: the budget cannot hold what the first step needs.
+        ConfigError: the budget cannot hold what the first step needs, or there are no steps or elements.
 
     >>> [one.bits * one.share for one in codings(Selective(budget=1 / 8), steps=6, width=128, itemsize=2)]
     [8.0, 8.0, 8.0, 4.0, 4.0, 4.0]
     """
+    if steps < 1 or width < 1:
+        raise ConfigError(f"steps={steps} and rows of {width} elements: both must be at least 1.")
     whole = itemsize * 8
     bits = share(selective, steps, kv_only) * whole
     if selective.method == "v_major":
@@ -177,18 +180,26 @@ def _spread(bits: float, steps: int, width: int, most: int) -> tuple[Coding, ...
     least = max(index for index, (coding, _) in enumerate(rungs) if coding.share == 1)
     at = [least] + [len(rungs) - 1] * (steps - 1)  # all rows must have come once
     spent = costs[least]
-    while True:
-        gains = [
-            (weights[step] * (rungs[now][1] - rungs[rung][1]) / max(costs[rung] - costs[now], 1e-9), -step, -rung)
-            for step, now in enumerate(at)
+
+    def gains(step: int) -> list[tuple[float, int, int, int]]:
+        """The rungs that the step could rise to, each with its gain by cost, negative since a heap has least first."""
+        now, weight = at[step], weights[step]
+        return [
+            (-weight * (rungs[now][1] - rungs[rung][1]) / max(costs[rung] - costs[now], 1e-9), step, rung, now)
             for rung in range(now)
-            if spent + costs[rung] - costs[now] <= bits * steps + 1e-9
         ]
-        if not gains:
-            return tuple(rungs[rung][0] for rung in at)
-        _, step, rung = max(gains)
-        spent += costs[-rung] - costs[at[-step]]
-        at[-step] = -rung
+
+    heap = [gain for step in range(steps) for gain in gains(step)]
+    heapq.heapify(heap)
+    while heap:
+        _, step, rung, now = heapq.heappop(heap)
+        more = costs[rung] - costs[now]
+        if at[step] == now and spent + more <= bits * steps + 1e-9:  # what is too dear now will be later, too
+            at[step] = rung
+            spent += more
+            for gain in gains(step):
+                heapq.heappush(heap, gain)
+    return tuple(rungs[rung][0] for rung in at)
 
 
 def _falling_shares(selective: Selective, sendable: float, steps: int, mask: float) -> tuple[Coding, ...]:

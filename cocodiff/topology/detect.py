@@ -66,17 +66,13 @@ def load_cluster(spec: str | os.PathLike[str] | Cluster, hosts: Sequence[str], d
     _check_hosts(hosts)
     if isinstance(spec, str) and spec == "auto":
         return detect(hosts, device_type)
+    check_name(spec)
     if isinstance(spec, Cluster):
         cluster, source = spec, f"cluster {spec.name!r} as given"
     elif isinstance(spec, str) and spec in PRESETS:
         cluster, source = PRESETS[spec], f"preset {spec!r}"
-    elif isinstance(spec, os.PathLike) or (isinstance(spec, str) and _names_a_file(spec)):
-        cluster, source = _read(Path(spec)), f"cluster file {os.fspath(spec)!r}"
     else:
-        raise ConfigError(
-            f"unknown cluster {spec!r}: give 'auto', the path of a JSON file, or a preset: "
-            + ", ".join(sorted(PRESETS))
-        )
+        cluster, source = _read(Path(spec)), f"cluster file {os.fspath(spec)!r}"
     resolved = cluster.resolve(len(hosts))
     shape = " x ".join(f"{level.name} {level.size}" for level in resolved.levels)
     sentence = f"{source}: levels {shape}"
@@ -84,19 +80,29 @@ def load_cluster(spec: str | os.PathLike[str] | Cluster, hosts: Sequence[str], d
     return resolved, f"{sentence}; but {doubt}" if doubt else sentence
 
 
+def check_name(spec: str | os.PathLike[str] | Cluster) -> None:
+    """Raise `ConfigError` for a text that is neither "auto" nor a preset nor may be a file.
+
+    Files are not read here: a rank that lacks one must say so after it has joined the others, who would wait for it.
+    """
+    if not isinstance(spec, str) or spec == "auto" or spec in PRESETS:
+        return
+    if "\0" in spec or not (spec.endswith(".json") or os.sep in spec or os.path.isfile(spec)):
+        raise ConfigError(
+            f"unknown cluster {spec!r}: give 'auto', the path of a JSON file, or a preset: "
+            + ", ".join(sorted(PRESETS))
+        )
+
+
 def _check_hosts(hosts: Sequence[str]) -> None:
     if isinstance(hosts, str) or not hosts:
         raise ConfigError(f"hosts must name one host per rank, not {hosts!r}")
 
 
-def _names_a_file(text: str) -> bool:
-    return text.endswith(".json") or os.path.isfile(text)
-
-
 def _read(path: Path) -> Cluster:
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a name that no file can have
         raise ConfigError(f"cannot read the cluster file {str(path)!r}: {error}") from error
     try:
         return Cluster.from_json(text)

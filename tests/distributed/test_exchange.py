@@ -117,24 +117,44 @@ def test_bytes_are_counted_by_the_link_they_cross():
     assert run_ranks(4, _counted) == [expected] * 4
 
 
-def _with_and_without_gaps():
-    """Splits with empty parts, as they are and with an element in place of each (what XPU needs)."""
+def _as_on_accelerators():
+    """Splits with empty parts, as they are and with an element in place of each (what XPU needs), and a pattern."""
     import torch.distributed as dist
 
-    from cocodiff.exchange.transport import XcclTransport
+    from cocodiff.errors import LaunchError
+    from cocodiff.exchange.delivery import check_delivery
+    from cocodiff.exchange.transport import CollectiveTransport, XcclTransport
+
+    class Broken(XcclTransport):
+        """One rank gets what another should."""
+
+        def _uneven(self, recv, send, recv_splits, send_splits):
+            super()._uneven(recv, send, recv_splits, send_splits)
+            if self.rank == 1:
+                recv.copy_(recv.roll(1))
 
     session, connected = _session((3,))
-    rank, group = dist.get_rank(), dist.new_group()
+    rank, host, group = dist.get_rank(), session.job.host_group, dist.new_group()
+    xccl, nccl, broken = (
+        kind(group, (3,), session.lane(0), session.bytes) for kind in (XcclTransport, CollectiveTransport, Broken)
+    )
+    check_delivery({"ours": connected.ulysses, "xccl": xccl, "nccl": nccl}, host)
+    with pytest.raises(LaunchError) as caught:
+        check_delivery({"good": xccl, "bad": broken}, host)
     splits = [[0, 2, 0], [3, 0, 1], [0, 0, 4]]  # from, to
     send = torch.arange(sum(splits[rank])) + 10 * rank
     recv_splits = [row[rank] for row in splits]
-    filled = XcclTransport(group, (3,), session.lane(0), session.bytes)
-    return [
+    arrived = [
         transport.all_to_all(send, splits[rank], recv_splits, send.dtype, "x").wait().tolist()
-        for transport in (connected.ulysses, filled)
+        for transport in (connected.ulysses, xccl)
     ]
+    return arrived, str(caught.value)
 
 
-def test_empty_parts_can_be_filled():
+def test_transports_of_accelerators_deliver_and_wrong_data_is_an_error_on_every_rank():
     expected = [[10, 11, 12], [0, 1], [13, 20, 21, 22, 23]]
-    assert run_ranks(3, _with_and_without_gaps) == [[one, one] for one in expected]
+    found = run_ranks(3, _as_on_accelerators)
+    assert [arrived for arrived, _ in found] == [[one, one] for one in expected]
+    assert len({said for _, said in found}) == 1
+    assert "uneven parts over bad (on 1 ranks, first 1)" in found[0][1] and "CCL_ALLTOALLV=naive" in found[0][1]
+    assert "good" not in found[0][1] and "equal parts" not in found[0][1]

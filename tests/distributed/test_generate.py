@@ -2,13 +2,19 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
+from PIL import Image
 
 from tests.distributed.ranks import run_programs, torchrun_variables, without_launcher
 
+ENVIRONMENT = without_launcher(os.environ) | {"OMP_NUM_THREADS": "1"}
 PROMPT = ("generate", "--prompt", "a red circle above a blue square", "--steps", "2")
 
 
@@ -20,16 +26,44 @@ def _cocodiff(*everyone):
     cli.main()
 
 
+def _command(*arguments):
+    return [sys.executable, "-m", "cocodiff", *PROMPT, "--ranks", "2", *arguments]
+
+
+def _without_a_name():
+    """What runs a command on a host whose name does not resolve, where this user may rename a host."""
+    rename = ["unshare", "--uts", "sh", "-c", 'hostname nowhere.invalid && exec "$@"', "-"]
+    allowed = os.geteuid() == 0 and shutil.which("unshare") is not None
+    return rename if allowed and subprocess.run([*rename, "true"], capture_output=True).returncode == 0 else []
+
+
 def test_generate_starts_local_ranks_and_compares_with_one(tmp_path):
     out = tmp_path / "out.png"
     done = subprocess.run(
-        [sys.executable, "-m", "cocodiff.cli", *PROMPT, "--ranks", "2", "--out", str(out), "--compare"],
-        env=without_launcher(os.environ) | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200,
+        [*_without_a_name(), *_command("--out", str(out), "--compare")],
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0 and out.stat().st_size > 500, done.stderr
     assert "drawn by 2 rank(s)" in done.stdout and "against one rank" in done.stdout
     relative = float(done.stdout.split("relative error ")[1])
     assert relative < 1e-5, done.stdout
+    assert all(word in done.stderr for word in ("loading tiny", "triangle, white, yellow", "loaded in"))
+    assert done.stderr.count("loading tiny") == 1 and re.search(r"each further [\d.]+, decode", done.stdout)
+
+
+def test_local_ranks_end_with_the_process_that_started_them(tmp_path):
+    command = _command("--steps", "9999", "--out", str(tmp_path / "out.png"))
+    with open(tmp_path / "said", "w") as said:
+        started = subprocess.Popen(command, env=ENVIRONMENT, stdout=said, stderr=said)
+    while "it/s" not in (tmp_path / "said").read_text():
+        assert started.poll() is None, (tmp_path / "said").read_text()
+        time.sleep(0.1)
+    ranks = psutil.Process(started.pid).children(recursive=True)
+    assert len(ranks) == 2
+    started.terminate()
+    assert started.wait(100) == 128 + 15
+    _, alive = psutil.wait_procs(ranks, 30)
+    assert not alive and "Traceback" not in (tmp_path / "said").read_text()
 
 
 def test_generate_writes_a_report_on_one_rank_too(tmp_path):
@@ -42,18 +76,35 @@ def test_generate_writes_a_report_on_one_rank_too(tmp_path):
 
 @pytest.mark.parametrize(
     "arguments, words",
-    [(("--ranks", "2", "--transmission", "balancd"), "balancd"), (("--model", "/nowhere/at/all"), "/nowhere/at/all")],
+    [
+        (("--out", "none/out.png"), "there is no folder none"),
+        (("--height", "65"), "--height 65: this model draws px in a multiple of 4"),
+    ],
 )
-def test_a_wrong_argument_is_one_clear_line(arguments, words):
-    statuses, output = run_programs([{}], _cocodiff, (*PROMPT, *arguments))
-    assert statuses == [2] and words in output and len(output.splitlines()) < 4, output
+def test_what_ranks_of_a_launcher_refuse_is_one_line(arguments, words):
+    statuses, output = run_programs(torchrun_variables(2), _cocodiff, (*PROMPT, *arguments))
+    said = [line for line in output.splitlines() if line.startswith("cocodiff")]
+    assert statuses == [2, 2] and len(said) == 1 and words in said[0] and "Traceback" not in output, output
 
 
 def test_a_model_that_one_rank_lacks_ends_all(tmp_path):
     here, there = (*PROMPT, "--out", str(tmp_path / "out.png")), (*PROMPT, "--model", "/nowhere/at/all")
     statuses, output = run_programs(torchrun_variables(2), _cocodiff, here, there)
-    assert all(statuses) and "cocodiff (rank 1): --model /nowhere/at/all: there is no such folder" in output, output
+    said = [line for line in output.splitlines() if line.startswith("cocodiff")]
+    assert statuses == [2, 2] and len(said) == 1, output
+    assert "cocodiff: rank 1: --model /nowhere/at/all: " in said[0], output
     assert not (tmp_path / "out.png").exists()
+
+
+def test_a_picture_that_only_rank_0_has_reaches_all(tmp_path):
+    """Inpainting on two ranks: rank 1 is given names of files that are not there."""
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "image.png")
+    Image.new("L", (64, 64), 255).save(tmp_path / "mask.png")
+    files = ("--image", str(tmp_path / "image.png"), "--mask", str(tmp_path / "mask.png"))
+    elsewhere = ("--image", "elsewhere.png", "--mask", "elsewhere-mask.png")
+    rank_0 = (*PROMPT, *files, "--out", str(tmp_path / "out.png"))
+    statuses, output = run_programs(torchrun_variables(2), _cocodiff, rank_0, (*PROMPT, *elsewhere))
+    assert statuses == [0, 0] and (tmp_path / "out.png").exists(), output
 
 
 def test_doctor_speaks_json():

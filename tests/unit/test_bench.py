@@ -13,6 +13,7 @@ from cocodiff.bench.links import busiest_links, interface_bytes
 from cocodiff.bench.models import build_inputs, build_transformer
 from cocodiff.bench.run import run_bench
 from cocodiff.bench.shapes import SHAPES, named_shape
+from cocodiff.cli.files import check_folder
 from cocodiff.errors import ConfigError
 from cocodiff.models import FAMILIES
 from cocodiff.models.shapes import Shape
@@ -115,7 +116,7 @@ def test_the_table_gives_ratios_and_the_reason_of_a_method_that_does_not_run():
 
 def test_results_are_saved_beside_each_other(tmp_path):
     pytest.importorskip("matplotlib")
-    results.check_folder(tmp_path / "new")
+    check_folder(tmp_path / "new", "--save")
     first = results.save(_result(), tmp_path / "new", "cocodiff bench")
     second = results.save(_result(), tmp_path / "new", "cocodiff bench")
     assert len({*first, *second}) == 6 and all(path.stat().st_size for path in (*first, *second))
@@ -126,8 +127,8 @@ def test_results_are_saved_beside_each_other(tmp_path):
 def test_folders_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(ConfigError, match="cannot write into"):
-            results.check_folder(folder)
+        with pytest.raises(ConfigError, match="--save .*cannot write into"):
+            check_folder(folder, "--save")
     with pytest.raises(ConfigError, match="cannot be written"):
         results.write(tmp_path / "none" / "x.json", "")
 

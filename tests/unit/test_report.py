@@ -1,10 +1,13 @@
 """Timelines and what is made of them."""
 
+import json
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from cocodiff.cli import main
 from cocodiff.errors import ConfigError
 from cocodiff.observe.draw import plot_step
 from cocodiff.observe.summary import describe, summary
@@ -85,3 +88,58 @@ def test_on_an_accelerator_times_are_those_of_its_events(monkeypatch):
         pass
     assert timeline.spans() == [Span("compute", "attend", 2.0, 3.0), Span("compute", "forward", 1.0, 4.0)]
     assert waited
+
+
+FORWARD = {"ph": "X", "name": "forward", "pid": 0, "tid": 0, "ts": 0, "dur": 1e6}
+LANE = {"ph": "M", "name": "thread_name", "pid": 0, "tid": 0, "args": {"name": "compute"}}
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("", "damaged"),
+        ("{", "damaged"),
+        ("[]", "damaged"),
+        ("3", "damaged"),
+        ("null", "damaged"),
+        ("[" * 100_000, "damaged"),
+        ("\xff", "damaged"),
+        ('{"traceEvents": 3}', "damaged"),
+        ('{"traceEvents": [3]}', "damaged"),
+        ('{"traceEvents": [{}]}', "damaged"),
+        ('{"traceEvents": [{"ph": "X", "name": "a"}]}', "damaged"),
+        (json.dumps({"traceEvents": [FORWARD]}), "damaged"),
+        (json.dumps({"traceEvents": [LANE, FORWARD | {"dur": "x"}]}), "damaged"),
+        (json.dumps({"traceEvents": [LANE, FORWARD | {"dur": float("nan")}]}), "damaged"),
+        (json.dumps({"traceEvents": [LANE, FORWARD | {"dur": -1}]}), "damaged"),
+        (json.dumps({"traceEvents": [LANE, FORWARD | {"name": 3}]}), "damaged"),
+        (json.dumps({"traceEvents": [LANE | {"args": 3}, FORWARD]}), "damaged"),
+        ('{"traceEvents": []}', "holds no step"),
+        (json.dumps({"traceEvents": [LANE, FORWARD | {"name": "v"}]}), "holds no step"),
+        (json.dumps({"traceEvents": [LANE, FORWARD]}), None),
+    ],
+)
+def test_traces_that_are_foreign_or_damaged_are_one_line(monkeypatch, capsys, tmp_path, text, words):
+    (tmp_path / "trace-rank0.json").write_text(text, encoding="latin-1")
+    monkeypatch.setattr(sys, "argv", ["cocodiff", "report", "trace", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr()
+    if words is None:
+        assert ended.value.code == 0 and "compute never waited" in said.out and "nothing was on a lane" in said.out
+    else:
+        assert ended.value.code == 2 and words in said.err and said.err.count("\n") == 1, said
+
+
+def test_where_a_report_cannot_be_written_is_one_line(monkeypatch, capsys, tmp_path):
+    (tmp_path / "trace-rank0.json").write_text(json.dumps({"traceEvents": [LANE, FORWARD]}))
+    for option, path in (("--out", tmp_path / "none" / "x"), ("--plot", tmp_path / "none" / "x.png")):
+        monkeypatch.setattr(sys, "argv", ["cocodiff", "report", "trace", str(tmp_path), option, str(path)])
+        with pytest.raises(SystemExit):
+            main()
+        assert f"{option} {path}: there is no folder" in capsys.readouterr().err
+
+
+def test_a_trace_of_no_time_has_no_shares_to_divide():
+    found = summary({0: [Span("compute", "forward", 0.0, 0.0), Span("compute", "wait v", 0.0, 0.0)]})
+    assert "| 0.000 s | 0% |" in describe(found)

@@ -4,6 +4,7 @@ import pytest
 
 from cocodiff.config import METHODS, PRESETS, Config, Selective
 from cocodiff.errors import ConfigError
+from cocodiff.selective import schedule
 from cocodiff.selective.schedule import LADDER, RAW, Coding, StepSchedule, codings, share
 
 
@@ -68,6 +69,38 @@ def test_a_step_carries_more_after_the_guard_and_all_rows_where_nothing_is_held(
     assert at(20, first=True) == at(0) == at(28), "also at steps that the scheduler did not announce"
 
 
+def _planned_one_by_one(bits, steps, width):
+    """`codings` with every possible rise of every step looked at again before each: slow, and easy to see right."""
+    left = dict(zip(LADDER, schedule._LEFT, strict=True))
+    costs = {one: one.block_bytes(8000, one.row_bytes(width, 0), "v") / 1000 / width for one in LADDER}
+    weights = [(1 + 28 * t / steps) ** -schedule._DECAY * (1 if t else schedule._FIRST) for t in range(steps)]
+    at = [Coding(1)] + [LADDER[-1]] * (steps - 1)
+    while True:
+        spent = sum(costs[one] for one in at)
+        rises = [
+            (weights[t] * (left[at[t]] - left[to]) / max(costs[to] - costs[at[t]], 1e-9), -t, -LADDER.index(to))
+            for t in range(steps)
+            for to in LADDER[: LADDER.index(at[t])]
+            if spent + costs[to] - costs[at[t]] <= bits * steps + 1e-9
+        ]
+        if not rises:
+            return at
+        _, step, rung = max(rises)
+        at[-step] = LADDER[-rung]
+
+
+@pytest.mark.parametrize("budget", [1 / 16, 1 / 8, 0.4])
+@pytest.mark.parametrize("width", [3, 48, 128])
+def test_the_plan_is_that_of_looking_at_everything_each_time(budget, width):
+    planned = codings(Selective(budget=budget), 24, width, 2)
+    assert list(planned) == _planned_one_by_one(16 * share(Selective(budget=budget), 24), 24, width)
+
+
+def test_a_run_of_thousands_of_steps_is_planned():
+    """Looking at everything each time would take minutes."""
+    assert len(codings(Selective(), 3000, 128, 2)) == 3000
+
+
 @pytest.mark.parametrize("width", [1, 2, 3, 5])
 def test_narrow_rows_have_a_schedule(width):
     planned = codings(Selective(budget=1 / 2), 28, width, 2)
@@ -90,7 +123,15 @@ def test_narrow_rows_have_a_schedule(width):
         (lambda: Selective(budget="1/8"), "Write budget=1/8, no text"),
         (lambda: Selective(check="yes"), "neither True nor False"),
         (lambda: Selective(level=3), "level=3"),
+        (lambda: Selective(method=[]), "method=[] is not one of"),
+        (lambda: Selective(method=None), "method=None is not one of"),
         (lambda: Config(pieces=0), "pieces=0"),
+        (lambda: Config(cluster="frontier"), "unknown cluster 'frontier'"),
+        (lambda: Config(cluster=""), "unknown cluster ''"),
+        (lambda: Config(cluster="a\0b"), "unknown cluster"),
+        (lambda: Config(cluster=[]), "neither a name, a path"),
+        (lambda: codings(Selective(), 28, 0, 2), "rows of 0 elements"),
+        (lambda: codings(Selective(), 0, 8, 2), "steps=0"),
         (
             lambda: codings(Selective(budget=1e-3), 28, 128, 2),
             "takes a bit an element .* at least 0.00238",
@@ -102,5 +143,5 @@ def test_narrow_rows_have_a_schedule(width):
     ],
 )
 def test_what_cannot_be_is_said_with_its_numbers(make, words):
-    with pytest.raises(ConfigError, match=words.replace("(", r"\(")):
+    with pytest.raises(ConfigError, match=words.replace("(", r"\(").replace("[", r"\[")):
         make()

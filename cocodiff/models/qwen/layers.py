@@ -82,7 +82,8 @@ def mask(tokens: Tokens, arguments: Arguments) -> Tensor | None:
         return None
     if valid.shape[1:] != (sum(tokens.streams["text"]),):
         raise ConfigError(f"encoder_hidden_states_mask {tuple(valid.shape)} is not (batch, text tokens).")
-    return torch.cat([valid, valid.new_ones(valid.shape[0], sum(tokens.streams["image"]))], dim=1)
+    image = sum(tokens.streams["image"])
+    return tokens.once("mask", valid, lambda: torch.cat([valid, valid.new_ones(valid.shape[0], image)], dim=1))
 
 
 def _chunked(mods: Tensor) -> Mods:

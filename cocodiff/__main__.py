@@ -1,0 +1,5 @@
+"""`python -m cocodiff` is the command line."""
+
+from cocodiff.cli import main
+
+main()
