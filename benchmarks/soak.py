@@ -55,10 +55,10 @@ def _full(*_: Any) -> dict[str, Any]:
 def run(calls: int, drops: int, failures: int) -> list[dict[str, Any]]:
     """All rounds. Collective. Every tenth call of the mixed ones has its figures, every drop and failure its own."""
     cluster = cocodiff.Cluster("soak", (cocodiff.Level("node", dist_size(), 1e-4, 1e-6, slow=True),))
-    keep = {
-        settings: _wrapped(cluster=cluster, **dict(settings))
-        for settings in {tuple((k, v) for k, v in one.items() if k in ("transmission", "ring_degree")) for one in CALLS}
-    }
+    kinds = dict.fromkeys(  # in one order on all ranks
+        tuple((name, value) for name, value in one.items() if name in ("transmission", "ring_degree")) for one in CALLS
+    )
+    keep = {settings: _wrapped(cluster=cluster, **dict(settings)) for settings in kinds}
     seen = []
     for index in range(calls):
         call = dict(CALLS[index % len(CALLS)])
@@ -92,7 +92,7 @@ def plot(seen: list[dict[str, Any]], path: Path) -> None:
         for kind in dict.fromkeys(one["after"] for one in seen):
             at = [index for index, one in enumerate(seen) if one["after"] == kind]
             axis.plot(at, [seen[index][name] for index in at], ".-", label=kind)
-        axis.set_ylim(0, None)
+        axis.set_ylim(0, 1.1 * max(one[name] for one in seen))
         axis.set_title("resident memory, MB" if name == "memory_mb" else name)
     figure.axes[0].legend()
     figure.savefig(path, dpi=110)

@@ -23,7 +23,7 @@ arguments = parser.parse_args()
 if arguments.model == "tiny":
     pipe = cocodiff.tiny_pipeline()
 else:
-    pipe = FluxPipeline.from_pretrained(arguments.model, torch_dtype=torch.bfloat16)
+    pipe = FluxPipeline.from_pretrained(arguments.model, dtype=torch.bfloat16)
 
 pipe = cocodiff.wrap(pipe)  # the only line that is not plain diffusers
 
