@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.fault import Fault
+from tests.faults_launch import LAUNCH
 from tests.faults_trust import TRUST
 
 UNIT, DISTRIBUTED = "tests/unit", "tests/distributed"
@@ -12,7 +13,6 @@ FLUX = f"{DISTRIBUTED}/test_pipeline.py::test_every_pipeline_draws_what_one_rank
 FAMILIES = f"{DISTRIBUTED}/test_families.py::test_every_family_draws_what_one_rank_draws"
 BRANCHES = f"{DISTRIBUTED}/test_mesh.py::test_each_half_runs_one_branch_of_every_pipeline_that_has_two"
 BAD_CALLS = f"{DISTRIBUTED}/test_bad_input.py"
-ENDING = f"{DISTRIBUTED}/test_ending.py"
 CODECS, COPIES, CALL = f"{UNIT}/test_codecs.py", f"{UNIT}/test_copies.py", f"{UNIT}/test_selective_call.py"
 
 PARALLEL = (
@@ -229,48 +229,6 @@ SELECTIVE = (
     Fault(
         "every step is coded as the first", "cocodiff/selective/schedule.py",
         "coding = planned[self.step]", "coding = planned[0]", (f"{UNIT}/test_transmission.py", CALL),
-    ),
-)  # fmt: skip
-
-LAUNCH = (
-    Fault(
-        "a failure is reported for no call", "cocodiff/launch/guard.py",
-        'self._link.compare_set(f"failed/{self._call}", "", self._report(said))',
-        'self._link.compare_set("failed/0", "", self._report(said))', (ENDING,),
-    ),
-    Fault(
-        "a rank that ends is reported for the call that it left", "cocodiff/launch/guard.py",
-        'f"failed/{self._call + 1}"', 'f"failed/{self._call}"', (ENDING,),
-    ),
-    Fault(
-        "an inner call is one of its own", "cocodiff/launch/guard.py",
-        "if self._world_size == 1 or self._closed or self._depth:", "if self._world_size == 1 or self._closed:",
-        (f"{UNIT}/test_launch_join.py",),
-    ),
-    Fault(
-        "no grace", "cocodiff/launch/guard.py",
-        "elif now - suspected_since >= self._grace_seconds:", "else:", (ENDING,),
-    ),
-    Fault(
-        "two backends are few enough", "cocodiff/launch/join.py",
-        "if len(chosen) > 1:", "if len(chosen) > 2:", (ENDING,),
-    ),
-    Fault(
-        "two different values are few enough", "cocodiff/launch/agree.py",
-        "if len(ranks_by_value) > 1:", "if len(ranks_by_value) > 2:", (BAD_CALLS,),
-    ),
-    Fault(
-        "devices by the rank of the run", "cocodiff/launch/backend.py",
-        "index = ranks.local_rank % num_devices", "index = ranks.rank % num_devices",
-        (f"{UNIT}/test_launch_join.py",),
-    ),
-    Fault(
-        "a shell in a Slurm allocation is a rank", "cocodiff/launch/ranks.py",
-        "if not _in_slurm_step(environ):", "if False:", (f"{UNIT}/test_launch.py",),
-    ),
-    Fault(
-        "half the bandwidth inside is slow", "cocodiff/topology/cluster.py",
-        "_SLOW_SHARE = 0.25", "_SLOW_SHARE = 0.5", (f"{UNIT}/test_topology.py",),
     ),
 )  # fmt: skip
 

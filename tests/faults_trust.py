@@ -71,10 +71,6 @@ TRUST = (
         (LIFETIMES,),
     ),
     Fault(
-        "the guard keeps what it asks", "cocodiff/launch/guard.py",
-        "self._inside, self._in_step = False, None", "self._inside = False", (LIFETIMES,),
-    ),
-    Fault(
         "sessions that nobody has live on", "cocodiff/state.py",
         "self.close = weakref.finalize(self, _end,", "self.close = weakref.finalize(_end, _end,", (LIFETIMES,),
     ),

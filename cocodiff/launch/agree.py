@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from cocodiff.errors import MismatchError
+from cocodiff.launch.words import rank_words
+
+_SHOWN = 5
 
 
 def gather_json(value: Any, group: dist.ProcessGroup) -> list[Any]:
@@ -37,21 +40,43 @@ def agree(fields: Mapping[str, Any], group: dist.ProcessGroup, what: str) -> Non
         group: a gloo group.
         what: the subject of the error message, such as "the call".
     """
-    everyone = gather_json({name: _describe(value) for name, value in fields.items()}, group)
-    names = dict.fromkeys(name for given in everyone for name in given)
-    complaints = []
-    for name in names:
-        ranks_by_value: dict[tuple[str, str], list[int]] = {}
+    complaints = _complaints(gather_json({name: _describe(value) for name, value in fields.items()}, group))
+    if complaints:  # on all ranks alike, since all have compared the same
+        parts = [part for name in complaints if name in fields for part in _parts(name, fields[name])]
+        complaints = _complaints(gather_json({name: _describe(value) for name, value in parts}, group)) or complaints
+        said = ". ".join(f"{name}: {text}" for name, text in list(complaints.items())[:_SHOWN])
+        more = f". {len(complaints) - _SHOWN} more differ" if len(complaints) > _SHOWN else ""
+        raise MismatchError(f"{what} differs between ranks. {said}{more}. Give every rank the same.")
+
+
+def _complaints(everyone: list[dict[str, list[str]]]) -> dict[str, str]:
+    """Return the fields that are not equal on all ranks, with the values of all ranks."""
+    complaints = {}
+    for name in dict.fromkeys(name for given in everyone for name in given):
+        ranks_by_value: dict[tuple[str, ...], list[int]] = {}
         for rank, given in enumerate(everyone):
             ranks_by_value.setdefault(tuple(given.get(name, ("", "not given"))), []).append(rank)
         if len(ranks_by_value) > 1:
-            said = "; ".join(
-                f"{text} on rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
-                for (_, text), ranks in ranks_by_value.items()
-            )
-            complaints.append(f"{name}: {said}")
-    if complaints:
-        raise MismatchError(f"{what} differs between ranks. " + ". ".join(complaints) + ". Give every rank the same.")
+            found = ranks_by_value.items()
+            complaints[name] = "; ".join(f"{text} on {rank_words(ranks)}" for (_, text), ranks in found)
+    return complaints
+
+
+def _parts(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the innermost parts of a field with their names, such as `cluster.levels[1].bandwidth_gbs`."""
+    if isinstance(value, str) and value.startswith("{"):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            pass
+    if isinstance(value, Mapping) and value:
+        for key, part in value.items():
+            yield from _parts(f"{name}.{key}", part)
+    elif isinstance(value, list | tuple) and value:
+        for index, part in enumerate(value):
+            yield from _parts(f"{name}[{index}]", part)
+    else:
+        yield name, value
 
 
 def digest(value: Any) -> str:

@@ -4,20 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import socket
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from cocodiff.errors import LaunchError
 from cocodiff.launch.agree import gather_json
-from cocodiff.launch.backend import choose_backend, local_device
+from cocodiff.launch.backend import (
+    choose_backend,
+    chosen_indices,
+    current_index,
+    device_name,
+    local_device,
+    requested_device,
+    shared_devices,
+)
 from cocodiff.launch.guard import Guard
-from cocodiff.launch.join import join
-from cocodiff.launch.ranks import discover
+from cocodiff.launch.join import check_existing, join, let_idle
+from cocodiff.launch.mpi import leave_without_waiting
+from cocodiff.launch.ranks import Ranks, discover
+from cocodiff.launch.rendezvous import host_digest
+from cocodiff.launch.waits import Waits
 
 
 class Joined:
@@ -71,13 +85,21 @@ class Job:
         return None if self.joined is None else self.joined.guard
 
     @contextmanager
-    def watched(self, what: str, in_step: Callable[[], bool] | None = None) -> Iterator[None]:
-        """While inside, end this rank if another one fails, instead of letting it wait (see `Guard.watch`)."""
+    def watched(self, what: str) -> Iterator[None]:
+        """While inside, end this rank if another one fails, instead of letting it wait (see `Guard.watch`).
+
+        Raises `LaunchError` if the script has destroyed the process groups.
+        """
         if self.guard is None:
             yield
-        else:
-            with self.guard.watch(what, in_step):
-                yield
+            return
+        if self.host_group is not None and not is_alive(self.host_group):
+            raise LaunchError(
+                "the process groups were destroyed after cocodiff.wrap (torch.distributed.destroy_process_group): "
+                "call that after the last call of the pipeline, or unwrap(pipe) and wrap(pipe) again"
+            )
+        with self.guard.watch(what):
+            yield
 
     def close(self) -> None:
         """Stop the guard and free the host group, unless the job is shared. Collective and idempotent.
@@ -88,27 +110,96 @@ class Job:
             self.joined.close()
 
 
+def is_alive(group: dist.ProcessGroup) -> bool:
+    """Return whether torch.distributed still knows this group: the script may have destroyed it."""
+    try:
+        return bool(dist.get_process_group_ranks(group))
+    except (KeyError, ValueError):
+        return False
+
+
 def start_job(device: str | torch.device | None) -> Job:
     """Find the ranks, choose this rank's device, and join torch.distributed's default group. Collective.
 
     A default group that exists already is checked and used. Raises `LaunchError` if the ranks or a backend cannot be
-    found.
+    found, or ranks would share a device.
     """
+    try:
+        return _start(device, Waits.read(os.environ))
+    except LaunchError:
+        leave_without_waiting()  # other ranks may wait for this one, and MPI would wait for them
+        raise
+
+
+def _start(device: str | torch.device | None, waits: Waits) -> Job:
     ranks = discover(os.environ)
+    if dist.is_available() and dist.is_initialized():
+        return _start_in_group(device, ranks, waits)
     place = local_device(device, ranks)
-    joined = dist.is_available() and dist.is_initialized()
-    if not joined and ranks.world_size == 1:
+    if ranks.world_size == 1:
         return Job(0, 1, place, ranks.launcher, (socket.gethostname(),))
-    if joined and dist.get_world_size() == 1:
-        return Job(0, 1, place, "torch.distributed", (socket.gethostname(),))
     backend, reason = choose_backend(place.type)
-    join(ranks, backend, place)  # only checks a group that exists
-    if joined:
-        backend, reason = _backend_of(place), "of the existing process group"
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    host_group = dist.new_group(list(range(world_size)), backend="gloo")
+    if place.type == "cuda":
+        # Several communicators on several streams need one order of launches; NCCL 2.26 can take the host's.
+        os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
+    join(ranks, backend, place, waits, device_name(place, os.environ))
+    host_group = _host_group(waits)
     hosts = _hosts(gather_json([socket.gethostname(), ranks.local_rank, ranks.launcher], host_group))
-    guard = Guard(dist.distributed_c10d._get_default_store(), rank, world_size)
+    return _job(ranks, place, hosts, backend, reason, host_group, waits)
+
+
+def _start_in_group(device: str | torch.device | None, ranks: Ranks, waits: Waits) -> Job:
+    """Make the job of a default group that the script, or what started it, has made."""
+    kind = requested_device(device)
+    if dist.get_world_size() == 1:
+        return Job(0, 1, local_device(device, ranks), "torch.distributed", (socket.gethostname(),))
+    if kind.type == "cuda":
+        os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")  # the group may not have connected yet
+    check_existing(ranks, kind.type)
+    host_group = _host_group(waits)
+    rank, names = dist.get_rank(), gather_json([host_digest().hex(), current_index(kind.type)], host_group)
+    digests = [digest for digest, _ in names]
+    if ranks.launcher == "none":  # mp.spawn, a notebook's launcher: the group says how many ranks there are, and where
+        local_rank, local_size = digests[:rank].count(digests[rank]), digests.count(digests[rank])
+        ranks = Ranks(rank, local_rank, len(names), local_size, "none")
+    place = local_device(device, ranks, chosen_indices(digests, [index for _, index in names])[rank])
+    told = [socket.gethostname(), ranks.local_rank, ranks.launcher, device_name(place, os.environ)]
+    everyone = gather_json(told, host_group)
+    shared = shared_devices([(digest, one[3]) for digest, one in zip(digests, everyone, strict=True)])
+    if shared:
+        raise LaunchError(shared)
+    hosts, reason = _hosts([one[:3] for one in everyone]), "of the existing process group"
+    return _job(ranks, place, hosts, _backend_of(place), reason, host_group, waits)
+
+
+def _host_group(waits: Waits) -> dist.ProcessGroup:
+    """Make a gloo group of all ranks. Collective over the default group."""
+    everyone = list(range(dist.get_world_size()))
+    try:
+        group = dist.new_group(everyone, backend="gloo", timeout=timedelta(seconds=waits.start_seconds))
+    except RuntimeError as error:
+        raise LaunchError(
+            f"no gloo group of all ranks can be made beside the default group ({error}): look for an earlier error of "
+            "another rank; on xpu give init_process_group no device_id, or leave making the group to cocodiff"
+        ) from error
+    let_idle(group, waits)
+    return group
+
+
+def _job(
+    ranks: Ranks,
+    place: torch.device,
+    hosts: tuple[str, ...],
+    backend: str,
+    reason: str,
+    host_group: dist.ProcessGroup,
+    waits: Waits,
+) -> Job:
+    rank, world_size = host_group.rank(), host_group.size()
+    # The secret travels in the group, not by the store, which is open to whoever reaches it.
+    token = gather_json(secrets.token_hex(16) if rank == 0 else "", host_group)[0]
+    store = dist.distributed_c10d._get_default_store()
+    guard = Guard(store, rank, world_size, waits=waits, token=token)
     return Job(rank, world_size, place, ranks.launcher, hosts, backend, reason, Joined(guard, host_group))
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from cocodiff.errors import LaunchError, MismatchError
-from cocodiff.launch.backend import serves
+from cocodiff.launch.backend import serves, shared_devices
 from cocodiff.launch.ranks import Ranks
-from cocodiff.launch.rendezvous import open_store
+from cocodiff.launch.rendezvous import host_digest, open_store
+from cocodiff.launch.waits import Waits
+from cocodiff.launch.words import printable, rank_words
 
 if TYPE_CHECKING:
     import torch
@@ -21,22 +24,26 @@ _log = logging.getLogger(__name__)
 _VERDICT_SECONDS = 10.0
 
 
-def join(ranks: Ranks, backend: str, device: torch.device, timeout_seconds: float = 600) -> None:
+def join(
+    ranks: Ranks, backend: str, device: torch.device, waits: Waits | None = None, device_name: str | None = None
+) -> None:
     """Join torch.distributed's default group with `backend` for tensors on `device`. Collective.
 
     A group that exists already is only checked. The ranks meet at MASTER_ADDR and MASTER_PORT if these are set,
-    otherwise over mpi4py. `timeout_seconds` limits each wait for other ranks, here and in the group's collectives.
+    otherwise over mpi4py. Meeting is limited by `waits.start_seconds`, the group's collectives later by
+    `waits.collective_seconds`.
 
-    Raises `LaunchError` if the ranks cannot meet or the backend cannot carry such tensors, and `MismatchError`, the
-    same on every rank, if ranks chose different backends.
+    Raises `LaunchError` if the ranks cannot meet, the backend cannot carry such tensors or several ranks of a host
+    have a device of the same `device_name`, and `MismatchError` if ranks chose different backends. The last two are
+    the same on every rank.
     """
     import torch.distributed as dist
 
+    waits = waits or Waits()
     if not dist.is_available():
         raise LaunchError("this torch was built without torch.distributed: install a build that has it")
     if dist.is_initialized():
-        _check_existing(ranks)
-        check_backend(device.type)
+        check_existing(ranks, device.type)
         return
     parts = _by_device(backend)
     name = parts.get(device.type, parts.get("", ""))
@@ -45,26 +52,38 @@ def join(ranks: Ranks, backend: str, device: torch.device, timeout_seconds: floa
     if not dist.is_backend_available(backend):
         raise LaunchError(f"backend {backend!r} is not available in this torch: use choose_backend({device.type!r})")
 
-    store = open_store(ranks, timeout_seconds)
+    store = open_store(ranks, waits)
     if ranks.world_size > 1:
         # With a number for each join, a second group of this process on the same store has keys of its own.
         join_number = store.add(f"cocodiff/joined/{ranks.rank}", 1)
         store = dist.PrefixStore(f"cocodiff/join/{join_number}", store)
-        _agree(store, ranks, f"{backend} for {device.type}")
-    timeout = timedelta(seconds=timeout_seconds)
+        _agree(store, ranks, [f"{backend} for {device.type}", host_digest().hex(), device_name], waits)
     try:
         dist.init_process_group(
             backend,
             store=dist.PrefixStore("default_pg", store),
             rank=ranks.rank,
             world_size=ranks.world_size,
-            timeout=timeout,
-            device_id=None if device.type == "cpu" else device,
+            timeout=timedelta(seconds=waits.start_seconds),
+            # Bound to another accelerator the default group could have no gloo group beside it.
+            device_id=device if device.type == "cuda" else None,
         )
     except (RuntimeError, ValueError) as error:
         raise LaunchError(f"rank {ranks.rank} cannot join with backend {backend!r} on {device}: {error}") from error
+    let_idle(dist.distributed_c10d._get_default_group(), waits)
     if ranks.rank == 0:
         _log.info("joined %d ranks started by %s with backend %s", ranks.world_size, ranks.launcher, backend)
+
+
+def let_idle(group: dist.ProcessGroup, waits: Waits) -> None:
+    """Let the collectives of a group that has just been made wait for `waits.collective_seconds`.
+
+    Making it has a shorter time-out. torch can change that of gloo and nccl only.
+    """
+    import torch.distributed as dist
+
+    if dist.get_backend(group) in ("gloo", "nccl"):
+        dist.distributed_c10d._set_pg_timeout(waits.collective, group)
 
 
 def check_backend(device_type: str) -> None:
@@ -97,7 +116,8 @@ def _no_service(backend: str, device_type: str) -> str:
     )
 
 
-def _check_existing(ranks: Ranks) -> None:
+def check_existing(ranks: Ranks, device_type: str) -> None:
+    """Raise `LaunchError` unless the default group, which must exist, has the launcher's ranks and suits the device."""
     import torch.distributed as dist
 
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -107,27 +127,28 @@ def _check_existing(ranks: Ranks) -> None:
             f"({ranks.launcher}) says {ranks.rank} of {ranks.world_size}: initialise torch.distributed over "
             "all ranks, or not at all"
         )
+    check_backend(device_type)
 
 
-def _agree(store: dist.Store, ranks: Ranks, choice: str) -> None:
-    """Compare all ranks' choices on rank 0, and raise the same MismatchError on every rank if they differ."""
+def _agree(store: dist.Store, ranks: Ranks, choice: list[str | None], waits: Waits) -> None:
+    """Compare all ranks' choices on rank 0, and raise the same error on every rank if they cannot run together.
+
+    Args:
+        choice: backend and type of device, host, and a name of the device; None for one that ranks may share.
+    """
     try:
-        store.set(f"choice/{ranks.rank}", choice)
+        store.set(f"choice/{ranks.rank}", json.dumps(choice))
         if ranks.rank == 0:
-            chosen: dict[str, list[int]] = {}
-            for rank in range(ranks.world_size):
-                chosen.setdefault(store.get(f"choice/{rank}").decode(), []).append(rank)
-            verdict = ""
-            if len(chosen) > 1:
-                verdict = "; ".join(f"{text} on ranks {_listing(found)}" for text, found in chosen.items())
+            verdict = _verdict(_choices(store, ranks, waits))
             store.set("verdict", verdict)
-        else:
-            verdict = store.get("verdict").decode()
+        else:  # a little longer than rank 0 waits for the others, so as to hear whom it missed
+            store.wait(["verdict"], timedelta(seconds=waits.start_seconds + _VERDICT_SECONDS))
+            verdict = store.get("verdict").decode(errors="replace")
             store.add("read", 1)
     except RuntimeError as error:
         raise LaunchError(
-            f"rank {ranks.rank} of {ranks.world_size} waited in vain for the others to start ({error}): look "
-            "for an earlier error of another rank"
+            f"rank {ranks.rank} of {ranks.world_size} waited {waits.start_seconds:g} s in vain for rank 0 to start "
+            f"({error}): look there for an earlier error, or raise COCODIFF_START_SECONDS"
         ) from error
     if not verdict:
         return
@@ -135,12 +156,42 @@ def _agree(store: dist.Store, ranks: Ranks, choice: str) -> None:
         deadline = time.monotonic() + _VERDICT_SECONDS
         while store.add("read", 0) < ranks.world_size - 1 and time.monotonic() < deadline:
             time.sleep(0.02)
-    raise MismatchError(
-        f"ranks chose different backends: {verdict}; install the same software on every host and request the "
-        "same device"
-    )
+    kind, _, text = verdict.partition(": ")
+    raise (MismatchError if kind == "mismatch" else LaunchError)(printable(text, 2000))
 
 
-def _listing(found: list[int], shown: int = 8) -> str:
-    text = ", ".join(str(rank) for rank in found[:shown])
-    return text + (f" and {len(found) - shown} more" if len(found) > shown else "")
+def _choices(store: dist.Store, ranks: Ranks, waits: Waits) -> list[list[str | None] | None]:
+    """Return what each rank chose, after a line about those that are late; None for one that never came."""
+    keys = [f"choice/{rank}" for rank in range(ranks.world_size)]
+    notice = min(waits.notice_seconds, waits.start_seconds)
+    for seconds in (notice, waits.start_seconds - notice):
+        try:
+            store.wait(keys, timedelta(seconds=seconds))
+            break
+        except RuntimeError:
+            late = [rank for rank, key in enumerate(keys) if not store.check([key])]
+            if seconds == notice:
+                _log.warning("rank 0 has waited %g s for %s to start", notice, rank_words(late))
+    return [json.loads(store.get(key)) if store.check([key]) else None for key in keys]
+
+
+def _verdict(choices: list[list[str | None] | None]) -> str:
+    """Return what is wrong, after "launch: " or "mismatch: ", and "" if these ranks can run together."""
+    missing = [rank for rank, choice in enumerate(choices) if choice is None]
+    if missing:
+        return (
+            f"launch: {rank_words(missing)} of {len(choices)} did not start in time: look there for an earlier error, "
+            "or raise COCODIFF_START_SECONDS"
+        )
+    chosen: dict[str | None, list[int]] = {}
+    for rank, choice in enumerate(choices):
+        assert choice is not None
+        chosen.setdefault(choice[0], []).append(rank)
+    if len(chosen) > 1:
+        listing = "; ".join(f"{text} on {rank_words(found)}" for text, found in chosen.items())
+        return (
+            f"mismatch: ranks chose different backends: {listing}; install the same software on every host and request "
+            "the same device"
+        )
+    shared = shared_devices([(choice[1], choice[2]) for choice in choices if choice is not None])
+    return f"launch: {shared}" if shared else ""

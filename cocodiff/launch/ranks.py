@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cocodiff.errors import LaunchError
+from cocodiff.launch.mpi import load_mpi
+from cocodiff.launch.waits import Waits
 
 # Launcher -> the variable with the rank, and the one with the number of ranks (None if the launcher sets none).
 _LAUNCHERS: Mapping[str, tuple[str, str | None]] = {
@@ -82,7 +84,10 @@ def discover(environ: Mapping[str, str]) -> Ranks:
     local_world_size = None if local_size_name is None else _number(environ, local_size_name, least=1)
     size_name = _size_name(environ, rank_name, own_size_name)
     if size_name is None:
-        size_name, world_size = "the size MPI reports", _size_from_mpi(rank_name, rank, local_world_size)
+        size_name, world_size = (
+            "the size MPI reports",
+            _size_from_mpi(rank_name, rank, local_world_size, Waits.read(environ)),
+        )
     else:
         world_size = _number(environ, size_name, least=1)
     if "WORLD_SIZE" in environ and _number(environ, "WORLD_SIZE", least=1) != world_size:
@@ -144,9 +149,9 @@ def _size_name(environ: Mapping[str, str], rank_name: str, own_size_name: str | 
     )
 
 
-def _size_from_mpi(rank_name: str, rank: int, local_world_size: int | None) -> int:
+def _size_from_mpi(rank_name: str, rank: int, local_world_size: int | None, waits: Waits) -> int:
     try:
-        from mpi4py import MPI
+        MPI = load_mpi(rank, waits)
     except Exception as error:  # a missing package, or one whose MPI library does not load
         raise LaunchError(
             f"{rank_name}={rank} is set, and this launcher gives the number of ranks only to MPI, but mpi4py cannot "

@@ -13,7 +13,9 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from cocodiff.errors import LaunchError
+from cocodiff.launch.mpi import load_mpi, waiting_for_all
 from cocodiff.launch.ranks import Ranks
+from cocodiff.launch.waits import Waits
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -24,7 +26,7 @@ _CONNECT_SECONDS = 60.0
 _ADDRESS_BYTES = 256
 
 
-def open_store(ranks: Ranks, timeout_seconds: float) -> dist.Store:
+def open_store(ranks: Ranks, waits: Waits) -> dist.Store:
     """Open a store that all ranks share. Collective. Raises `LaunchError` with the cure."""
     import torch.distributed as dist
 
@@ -32,50 +34,58 @@ def open_store(ranks: Ranks, timeout_seconds: float) -> dist.Store:
         return dist.HashStore()
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if address and port:
-        timeout = timedelta(seconds=timeout_seconds)
-        try:
-            # torch reads these two itself, because under torchrun the agent holds the store, not rank 0.
-            return next(iter(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=timeout)))[0]
-        except (RuntimeError, ValueError) as error:
-            raise LaunchError(
-                f"rank {ranks.rank} of {ranks.world_size} cannot meet the others at MASTER_ADDR={address} "
-                f"MASTER_PORT={port} ({error}): the address must be rank 0's, reachable from here, and the "
-                "port free there"
-            ) from error
+        return _open_store_at(address, port, ranks, waits)
     if ranks.launcher == "torchrun":
         raise LaunchError(
             f"RANK={ranks.rank} and WORLD_SIZE={ranks.world_size} are set but MASTER_ADDR and MASTER_PORT "
             "are not: set them to an address and a free port of rank 0, or start with torchrun"
         )
-    return _open_store_by_mpi(ranks, timeout_seconds, address)
+    return _open_store_by_mpi(ranks, waits, address)
 
 
-def _open_store_by_mpi(ranks: Ranks, timeout_seconds: float, address: str | None) -> dist.Store:
-    # MPI waits for ever, and a rank that failed before it came here cannot report that.
-    said = (
-        f"rank {ranks.rank} waited {timeout_seconds:g} s in vain for all {ranks.world_size} ranks to start: one failed"
-    )
-    deadline = threading.Timer(timeout_seconds, _give_up, [said])
-    deadline.daemon = True
-    deadline.start()
+def _open_store_at(address: str, port: str, ranks: Ranks, waits: Waits) -> dist.Store:
+    timeout = timedelta(seconds=waits.start_seconds)
+    at = f"MASTER_ADDR={address} MASTER_PORT={port}"
+    said = f"cocodiff: rank {ranks.rank} has waited {waits.notice_seconds:g} s for the others at {at}\n"
+    notice = threading.Timer(waits.notice_seconds, os.write, (2, said.encode()))
+    notice.daemon = True
+    notice.start()
     try:
-        comm = _world_communicator(ranks)
-        own_host = _host_digest()
-        hosts = bytearray(len(own_host) * ranks.world_size)
-        comm.Allgather(own_host, hosts)
+        number = int(port)
+        if not 0 < number < 2**16:
+            raise ValueError(f"{number} is no port")
+        # Under torchrun the agent holds the store, not rank 0.
+        holds = ranks.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
+        return _tcp_store(address, number, ranks, timeout, holds, _listen(address, number) if holds else None)
+    except (RuntimeError, ValueError) as error:
+        raise LaunchError(
+            f"rank {ranks.rank} of {ranks.world_size} cannot meet the others at {at} ({error}): the address must be "
+            "rank 0's, reachable from here, and the port free there"
+        ) from error
     finally:
-        deadline.cancel()
+        notice.cancel()
+
+
+def _open_store_by_mpi(ranks: Ranks, waits: Waits, address: str | None) -> dist.Store:
+    # MPI waits for ever, and a rank that failed before it came here cannot report that.
+    comm = _world_communicator(ranks, waits)
+    own_host = host_digest()
+    hosts = bytearray(len(own_host) * ranks.world_size)
+    with waiting_for_all(ranks.rank, waits):  # the script may have started MPI long before
+        comm.Allgather(own_host, hosts)
     if bytes(hosts) == own_host * ranks.world_size:
         address = "127.0.0.1"
     message = bytearray(2 + _ADDRESS_BYTES)
+    connect = timedelta(seconds=_CONNECT_SECONDS)
     store = None
     failure: Exception | None = None
     if ranks.rank == 0:
         try:
             # The port is bound before its number is sent, so that no other process can take it in between.
-            store = _tcp_store("127.0.0.1", 0, ranks)
+            address = address or _own_address()
+            store = _tcp_store(address, 0, ranks, connect, True, _listen(address, 0))
             message[:2] = store.port.to_bytes(2, "big")
-            text = (address or _own_address()).encode()[:_ADDRESS_BYTES]
+            text = address.encode()[:_ADDRESS_BYTES]
             message[2 : 2 + len(text)] = text
         except Exception as error:  # the others wait for the broadcast: send them port 0, then raise
             message[:2] = bytes(2)
@@ -86,25 +96,20 @@ def _open_store_by_mpi(ranks: Ranks, timeout_seconds: float, address: str | None
         raise LaunchError(f"rank 0 could not open a store for the others ({failure or 'see its output'}): {_CURE}")
     if store is None:
         try:
-            store = _tcp_store(address, port, ranks)
+            store = _tcp_store(address, port, ranks, connect, False)
         except RuntimeError as error:
             raise LaunchError(
                 f"rank {ranks.rank} cannot reach rank 0 at {address}:{port} ({error}): set MASTER_ADDR to an "
                 "address of rank 0's host that the other hosts reach"
             ) from error
-    store.set_timeout(timedelta(seconds=timeout_seconds))
+    store.set_timeout(timedelta(seconds=waits.start_seconds))
     return store
 
 
-def _give_up(said: str) -> None:
-    os.write(2, f"cocodiff: {said}\n".encode())
-    os._exit(1)  # the main thread is blocked inside MPI
-
-
-def _world_communicator(ranks: Ranks) -> Any:
+def _world_communicator(ranks: Ranks, waits: Waits) -> Any:
     """Return MPI's world communicator after a check that the launcher and the library agree on the ranks."""
     try:
-        from mpi4py import MPI
+        MPI = load_mpi(ranks.rank, waits)
     except Exception as error:  # a missing package, or one whose MPI library does not load
         raise LaunchError(
             f"rank {ranks.rank} of {ranks.world_size} needs mpi4py to find the others, which cannot be "
@@ -123,20 +128,51 @@ def _world_communicator(ranks: Ranks) -> Any:
     return comm
 
 
-def _tcp_store(address: str, port: int, ranks: Ranks) -> dist.TCPStore:
+def _listen(address: str, port: int) -> socket.socket | None:
+    """Return a socket that listens on this address alone; None where only torch's way, on all of them, can succeed.
+
+    That is where the address is not this host's own (it may be translated on the way), or where an earlier store of
+    this process, which torch shares, has the port.
+    """
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError:
+        return None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(place)
+        listener.listen(4096)
+    except OSError:
+        listener.close()
+        return None
+    return listener
+
+
+def _tcp_store(
+    address: str,
+    port: int,
+    ranks: Ranks,
+    timeout: timedelta,
+    holds: bool,
+    listener: socket.socket | None = None,
+) -> dist.TCPStore:
+    """Open the store, which this process holds or reaches. One process may open it again at the same port."""
     import torch.distributed as dist
 
     return dist.TCPStore(
         address,
-        port,
+        port if listener is None else listener.getsockname()[1],
         ranks.world_size,
-        is_master=ranks.rank == 0,
-        timeout=timedelta(seconds=_CONNECT_SECONDS),
+        is_master=holds,
+        timeout=timeout,
         wait_for_workers=False,
+        multi_tenant=True,
+        master_listen_fd=None if listener is None else listener.detach(),  # the store closes it
     )
 
 
-def _host_digest() -> bytes:
+def host_digest() -> bytes:
     """Return a digest that is equal on ranks with the same loopback address (host name and network namespace)."""
     try:
         namespace = os.readlink("/proc/self/ns/net")

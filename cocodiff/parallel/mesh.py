@@ -11,11 +11,14 @@ group carries metadata on the CPU.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch.distributed as dist
 
+from cocodiff.launch.job import is_alive
+from cocodiff.launch.waits import Waits
 from cocodiff.parallel.layout import axis_sizes, level_groups, outermost
 from cocodiff.topology import Cluster
 
@@ -93,10 +96,11 @@ class Mesh:
         me, world = host_group.rank(), host_group.size()
         assert cluster.num_ranks == world == degrees.cfg * degrees.ring * degrees.ulysses, (cluster, world, degrees)
         made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        timeout = Waits.read(os.environ).collective  # the guard notices failures; a slow rank may be waited for
 
         def group(ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
             if len(ranks) > 1 and ranks not in made:
-                made[ranks] = dist.new_group(list(ranks), backend=backend)
+                made[ranks] = dist.new_group(list(ranks), backend=backend, timeout=timeout)
             return made.get(ranks)
 
         def axis(stride: int, size: int) -> Axis:
@@ -126,7 +130,7 @@ class Mesh:
             for first in range(0, world, degrees.ulysses):
                 for members in level_groups(sizes, level):
                     ranks = tuple(first + member for member in members)
-                    one = dist.new_group(list(ranks), backend=backend)  # never shared: it is another lane's
+                    one = dist.new_group(list(ranks), backend=backend, timeout=timeout)  # another lane's: never shared
                     if me in ranks:
                         levels[level] = one
         dist.barrier(group=host_group)  # who frees groups while another still connects to them breaks that one
@@ -141,13 +145,12 @@ class Mesh:
         Args:
             together: all ranks close this mesh now, and no work that some of them lack is under way.
         """
-        if not dist.is_initialized():
-            return
         if self.backend == "gloo" or (self.backend == "nccl" and together):
             axes = (self.everyone, self.sequence, self.ulysses, self.ring, self.cfg)
             mine = {axis.ranks: axis.group for axis in axes if axis.group is not None}
             for group in (*mine.values(), *self.level_groups.values()):  # in one order on all ranks: nobody waits twice
-                dist.destroy_process_group(group)
+                if is_alive(group):  # the script may have freed all groups before
+                    dist.destroy_process_group(group)
 
 
 def _along(world: int, stride: int, size: int) -> Iterator[tuple[int, ...]]:

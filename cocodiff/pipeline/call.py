@@ -102,7 +102,6 @@ def call_running(
         except BaseException:
             call.drop()  # whoever keeps the exception keeps the call, by its frames
             raise
-    check_call(call)
 
 
 def _run(pipeline: Any, original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -113,7 +112,7 @@ def _run(pipeline: Any, original: Callable, args: tuple, kwargs: dict[str, Any])
     if not session.busy.acquire(blocking=False):
         raise UsageError(f"a call of this {name} is running in another thread: one call at a time.")
     try:
-        with job.watched(f"a call of {name}", lambda: any(one.inside for one in forwards.values())):
+        with job.watched(f"a call of {name}"):
             given = _by_name(original, pipeline, args, kwargs)
             _compare(pipeline, handle, given)
             share_random_state(job.device, job.host_group)
@@ -130,6 +129,7 @@ def _run(pipeline: Any, original: Callable, args: tuple, kwargs: dict[str, Any])
                 session.warn("idle half", text)
             session.settle()
         with job.watched("the report of a call"):  # a rank that waits in the other for one that is here must hear it
+            check_call(call)
             check_result(result, call, name)
             handle.last_report = call_report(call, before)
         return result

@@ -43,7 +43,6 @@ class ShardedForward:
 
     Attributes:
         users: wrapped pipelines that share the transformer.
-        inside: whether this rank is inside the forward, where every other rank must be, too.
         call: the pipeline's call that runs; None between calls.
     """
 
@@ -58,7 +57,7 @@ class ShardedForward:
         attentions: Sequence[nn.Module],
         patches: Patches,
     ) -> None:
-        self.session, self.transformer, self.users, self.inside = session, transformer, 1, False
+        self.session, self.transformer, self.users = session, transformer, 1
         self.patches, self._family, self._facts, self._forward, self._row = patches, family, facts, forward, row
         self._signature = inspect.signature(forward)
         self._attentions: list[tuple[Any, Any]] = [(attn, attn.processor) for attn in attentions]
@@ -67,11 +66,7 @@ class ShardedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.session.job.watched("the transformer's forward"):
-            self.inside = True
-            try:
-                return self._run(*args, **kwargs)
-            finally:
-                self.inside = False
+            return self._run(*args, **kwargs)
 
     @contextmanager
     def in_call(self, call: CallState) -> Iterator[None]:

@@ -201,7 +201,7 @@ def _different_backends():
 def test_ranks_that_choose_different_backends_all_say_so():
     statuses, output = run_programs(environs("torchrun"), _different_backends)
     assert statuses == [1, 1], output
-    said = "ranks chose different backends: gloo for cpu on ranks 0; cpu:gloo for cpu on ranks 1"
+    said = "ranks chose different backends: gloo for cpu on rank 0; cpu:gloo for cpu on rank 1"
     assert output.count(f"MismatchError: {said}") == 2
 
 

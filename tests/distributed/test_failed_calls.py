@@ -69,7 +69,7 @@ def _refused():
     inside, close = [], Guard.close
 
     def recording(guard):
-        inside.append(guard._depth)
+        inside.append(guard._mail.sign.depth)
         close(guard)
 
     Guard.close = recording

@@ -1,9 +1,12 @@
-"""Devices, backends, joining on one rank, the guard by itself, and errors that name their cure."""
+"""Joining on one rank, the store over which ranks meet, and errors that name their cure."""
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
+from datetime import timedelta
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -11,12 +14,14 @@ import torch
 import torch.distributed as dist
 
 from cocodiff.errors import LaunchError
-from cocodiff.launch import Guard, Ranks, backend, check_backend, choose_backend, join, local_device
-from cocodiff.launch.backend import serves
+from cocodiff.launch import Ranks, backend, check_backend, job, join
 from cocodiff.launch.rendezvous import open_store
+from cocodiff.launch.waits import Waits
+from tests.distributed.ranks import free_port
 
 ONE = Ranks(0, 0, 1, 1, "none")
 TWO = Ranks(1, 1, 2, 2, "pmi")
+QUICK = Waits(start_seconds=0.5)
 
 
 def fake_mpi(monkeypatch: pytest.MonkeyPatch, rank: int, size: int) -> None:
@@ -37,91 +42,6 @@ def no_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
 def no_master(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     monkeypatch.delenv("MASTER_PORT", raising=False)
-
-
-def test_local_device_on_the_cpu():
-    assert local_device("cpu", TWO) == torch.device("cpu")
-    assert local_device(torch.device("cpu", 0), ONE) == torch.device("cpu")
-
-
-def test_local_device_takes_what_torch_finds(monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
-    assert local_device(None, TWO) == torch.device("cpu")
-    chosen = fake_devices(monkeypatch, 2)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("xpu"))
-    assert local_device(None, TWO) == torch.device("xpu", 1)
-    assert chosen == [1]
-
-
-def fake_devices(monkeypatch: pytest.MonkeyPatch, count: int) -> list[int]:
-    chosen: list[int] = []
-    api = SimpleNamespace(set_device=chosen.append)
-    monkeypatch.setattr(backend, "_visible_devices", lambda device_type: (api, count))
-    return chosen
-
-
-@pytest.mark.parametrize(
-    ("requested", "local_rank", "count", "index"),
-    [("cuda", 5, 8, 5), ("cuda", 5, 4, 1), ("cuda:0", 3, 4, 3), ("cuda", 5, 1, 0), ("xpu:7", 2, 1, 0)],
-)
-def test_local_device_follows_the_local_rank(requested, local_rank, count, index, monkeypatch):
-    chosen = fake_devices(monkeypatch, count)
-    device = local_device(requested, Ranks(3 + local_rank, local_rank, 16, 8, "pmi"))
-    assert device == torch.device(requested.split(":")[0], index)
-    assert chosen == [index]
-
-
-def test_a_single_rank_keeps_the_index_it_asked_for(monkeypatch):
-    chosen = fake_devices(monkeypatch, 4)
-    assert local_device("cuda:2", ONE).index == 2
-    assert local_device("cuda", ONE).index == 0
-    assert chosen == [2, 0]
-    with pytest.raises(LaunchError, match="'cuda:4' was requested, but 4 are visible: 0 to 3"):
-        local_device("cuda:4", ONE)
-
-
-def test_local_device_errors(monkeypatch):
-    with pytest.raises(LaunchError, match="'gpu' is no torch device"):
-        local_device("gpu", ONE)
-    fake_devices(monkeypatch, 0)
-    with pytest.raises(LaunchError, match="'cuda' was requested, but torch .* sees none"):
-        local_device("cuda", ONE)
-
-
-def available(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    for name in ("gloo", "nccl", "xccl", "mpi"):
-        monkeypatch.setattr(dist, f"is_{name}_available", lambda found=name in names: found)
-
-
-@pytest.mark.parametrize(
-    ("device_type", "names", "chosen"),
-    [
-        ("cpu", ["gloo", "mpi"], "gloo"),
-        ("cpu", ["mpi"], "mpi"),
-        ("cuda", ["gloo", "nccl"], "nccl"),
-        ("xpu", ["gloo", "xccl"], "xccl"),
-    ],
-)
-def test_choose_backend(device_type, names, chosen, monkeypatch):
-    available(monkeypatch, *names)
-    name, why = choose_backend(device_type)
-    assert name == chosen and why
-    assert serves(name, device_type)
-
-
-@pytest.mark.parametrize(
-    ("device_type", "names", "words"),
-    [
-        ("cpu", [], "neither"),
-        ("cuda", ["gloo"], "no nccl"),
-        ("xpu", ["gloo"], "no xccl"),
-        ("mps", ["gloo"], "'mps'"),
-    ],
-)
-def test_choose_backend_never_falls_back_silently(device_type, names, words, monkeypatch):
-    available(monkeypatch, *names)
-    with pytest.raises(LaunchError, match=words):
-        choose_backend(device_type)
 
 
 @pytest.fixture
@@ -186,68 +106,126 @@ def test_join_refuses_a_backend_that_cannot_serve(name, device, words):
 
 def test_no_address_and_no_mpi4py_names_the_cure(no_master, no_mpi):
     with pytest.raises(LaunchError, match=r'mpi4py.*pip install "cocodiff\[mpi\]", or set MASTER_ADDR and MASTER_PORT'):
-        open_store(TWO, 5)
+        open_store(TWO, QUICK)
 
 
 def test_no_address_under_torchruns_variables_names_the_cure(no_master):
     with pytest.raises(LaunchError, match="MASTER_ADDR and MASTER_PORT are not: set them"):
-        open_store(Ranks(1, 1, 2, 2, "torchrun"), 5)
+        open_store(Ranks(1, 1, 2, 2, "torchrun"), QUICK)
 
 
 @pytest.mark.parametrize("launcher", ["pmi", "slurm"])
 def test_a_foreign_mpi_is_named(launcher, no_master, monkeypatch):
     fake_mpi(monkeypatch, 0, 1)
     with pytest.raises(LaunchError, match=r"started 4 ranks.*MPI library Some MPI 1\.2 sees 0 of 1.*MASTER_ADDR"):
-        open_store(Ranks(0, 0, 4, 4, launcher), 5)
+        open_store(Ranks(0, 0, 4, 4, launcher), QUICK)
 
 
-@pytest.mark.parametrize(("port", "words"), [("99999", "99999"), ("port", "port"), ("1", "timed out")])
+@pytest.mark.parametrize(("port", "words"), [("99999", "99999 is no port"), ("port", "port"), ("1", "timed out")])
 def test_a_bad_address_is_named(port, words, monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", port)
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     with pytest.raises(LaunchError, match=rf"MASTER_ADDR=127\.0\.0\.1 MASTER_PORT={port}.*{words}"):
-        open_store(TWO, 0.5)
+        open_store(TWO, QUICK)
 
 
-def test_a_guard_reports_and_raises_on():
-    store = dist.HashStore()
-    guards = [Guard(store, rank, 2) for rank in range(2)]
-    with pytest.raises(ValueError, match="^two\nlines$"):
-        with guards[1].watch("generation"):
-            with guards[1].watch("an inner call"):
-                raise ValueError("two\nlines")
-    report = dist.PrefixStore("cocodiff/guard/1", store).get("failed/1").decode()
-    assert report == "rank 1 failed in generation: ValueError: two lines"
-    with guards[1].watch("the next call"):
+def test_the_store_listens_where_the_ranks_meet_and_nowhere_else(monkeypatch):
+    port = free_port()
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    first = Ranks(0, 0, 2, 2, "slurm")
+    store = open_store(first, QUICK)
+    again = open_store(first, QUICK)  # a second store of this process on the same port
+    again.set("key", "value")
+    assert store.get("key") == b"value"
+    socket.create_connection(("127.0.0.1", port), timeout=60).close()
+    for elsewhere in ("127.0.0.2", "::1"):
+        with pytest.raises(OSError):
+            socket.create_connection((elsewhere, port), timeout=60).close()
+
+
+def test_collectives_wait_longer_than_the_start():
+    join(ONE, "gloo", torch.device("cpu"), Waits(start_seconds=5, collective_seconds=1e6))
+    try:
+        options = dist.group.WORLD._get_backend(torch.device("cpu")).options
+        assert options._timeout == timedelta(seconds=1e6)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("place", "bound"), [("cuda:0", "cuda:0"), ("xpu:0", None), ("cpu", None)])
+def test_a_device_is_bound_where_other_groups_can_live_beside_it(place, bound, monkeypatch):
+    given = {}
+    monkeypatch.setattr(dist, "is_backend_available", lambda name: True)
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **kwargs: given.update(kwargs))
+    monkeypatch.setattr(sys.modules["cocodiff.launch.join"], "let_idle", lambda *args: None)
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_group", lambda: None)
+    join(ONE, {"cuda": "nccl", "xpu": "xccl", "cpu": "gloo"}[place.split(":")[0]], torch.device(place))
+    assert given["device_id"] == (None if bound is None else torch.device(bound))
+
+
+def test_nccl_is_asked_for_one_order_of_launches_before_it_starts(monkeypatch):
+    class Started(Exception):
         pass
-    for guard in reversed(guards):
-        guard.close()
-        guard.close()
-    with guards[1].watch("watches nothing"):
-        pass
+
+    def started(*args):
+        raise Started(os.environ.get("NCCL_LAUNCH_ORDER_IMPLICIT"))
+
+    monkeypatch.setattr(job, "discover", lambda environ: TWO)
+    monkeypatch.setattr(job, "choose_backend", lambda kind: ("nccl", ""))
+    monkeypatch.setattr(job, "device_name", lambda *args: None)
+    monkeypatch.setattr(job, "join", started)
+    for kind, given, expected in (("cuda", None, "1"), ("cuda", "0", "0"), ("cpu", None, None)):
+        monkeypatch.delenv("NCCL_LAUNCH_ORDER_IMPLICIT", raising=False)
+        if given is not None:
+            monkeypatch.setenv("NCCL_LAUNCH_ORDER_IMPLICIT", given)
+        monkeypatch.setattr(job, "local_device", lambda *args, kind=kind: torch.device(kind, 0))
+        with pytest.raises(Started) as caught:
+            job.start_job(None)
+        assert caught.value.args == (expected,)
+    monkeypatch.delenv("NCCL_LAUNCH_ORDER_IMPLICIT", raising=False)
 
 
-def test_a_guard_on_one_rank_starts_no_thread():
-    guard = Guard(dist.HashStore(), 0, 1)
-    with pytest.raises(KeyError):
-        with guard.watch("generation"):
-            raise KeyError
-    assert guard._thread is None
-    guard.close()
+@pytest.mark.parametrize(
+    ("choices", "said"),
+    [
+        ([["gloo for cpu", "a", None]] * 2, ""),
+        ([["nccl for cuda", "a", "x"], ["nccl for cuda", "b", "x"], ["nccl for cuda", "a", "y"]], ""),
+        ([["nccl for cuda", "a", "x"]] * 2, "launch: ranks share devices: ranks 0, 1 (x). Start as many ranks"),
+        ([["gloo for cpu", "a", None], None, None], "launch: ranks 1, 2 of 3 did not start in time"),
+        ([["gloo for cpu", "a", None], ["nccl for cuda", "a", "x"]], "mismatch: ranks chose different backends"),
+    ],
+)
+def test_the_verdict_on_what_the_ranks_chose(choices, said):
+    verdict = sys.modules["cocodiff.launch.join"]._verdict(choices)
+    assert verdict.startswith(said) and bool(verdict) == bool(said)
 
 
-def test_a_guards_process_ends_at_once_without_close():
+def test_rank_0_names_the_ranks_that_do_not_start(monkeypatch, caplog):
+    monkeypatch.setattr(sys.modules["cocodiff.launch.join"], "open_store", lambda *args: dist.HashStore())
+    monkeypatch.setattr(sys.modules["cocodiff.launch.join"], "_VERDICT_SECONDS", 0.1)
+    with pytest.raises(LaunchError, match="ranks 1, 2 of 3 did not start in time.*COCODIFF_START_SECONDS"):
+        join(Ranks(0, 0, 3, 3, "slurm"), "gloo", torch.device("cpu"), Waits(start_seconds=0.4, notice_seconds=0.2))
+    assert "rank 0 has waited 0.2 s for ranks 1, 2 to start" in caplog.text
+
+
+def test_a_wait_in_which_no_thread_runs_ends_with_words():
     script = """
-import torch.distributed as dist
-from datetime import timedelta
-from cocodiff.launch.guard import Guard
-store = dist.TCPStore("127.0.0.1", 0, 2, True, timedelta(seconds=5), wait_for_workers=False)
-Guard(store, 1, 2).watch("generation").__enter__()
+import ctypes
+from cocodiff.launch.mpi import waiting_for_all
+from cocodiff.launch.waits import Waits
+from tests.distributed.ranks import free_port
+with waiting_for_all(3, Waits()):
+    pass
+with waiting_for_all(3, Waits(start_seconds=0.4, notice_seconds=0.2)):
+    ctypes.PyDLL(None).sleep(600)  # holds Python's lock, as the start of MPI does
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert "terminate" not in done.stderr and "Traceback" not in done.stderr
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200)
+    assert done.returncode == -9 and len(done.stderr.splitlines()) == 2, done.stderr
+    assert "rank 3 has waited 0.2 s for all ranks to start" in done.stderr
+    assert "rank 3 ends: not all ranks started within 0.4 s (COCODIFF_START_SECONDS)" in done.stderr
 
 
 def test_importing_reads_no_environment_and_no_torch_distributed_state():
@@ -262,7 +240,7 @@ launch = types.ModuleType("cocodiff.launch"); launch.__path__ = [sys.argv[1] + "
 sys.modules["cocodiff.launch"] = launch
 # What the standard library does on import is not the question.
 import logging, socket, subprocess, hashlib, importlib, warnings, threading, atexit
-for name in ("ranks", "backend", "rendezvous", "join", "guard"):
+for name in ("ranks", "backend", "rendezvous", "join", "guard", "leaving", "mpi"):
     real, os.environ = os.environ, Watched()
     try:
         importlib.import_module(f"cocodiff.launch.{name}")
