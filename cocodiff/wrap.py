@@ -31,7 +31,7 @@ def wrap(
             `from_single_file`, `from_pipe` and call return wrapped pipelines).
         config: a `Config`, or the same fields as keywords.
         device: of this rank. None means the local accelerator if there is one, else the CPU; an accelerator's index
-            is always the rank's own, whatever the script says.
+            is the rank's own; where the script has made the group and a different device current on every rank, those.
 
     Raises:
         ConfigError: unsupported pipeline, settings that cannot work on this number of ranks.
