@@ -38,8 +38,8 @@ def local_device(requested: str | torch.device | None, ranks: Ranks, chosen: int
     """Return this rank's device and make it current if it is an accelerator.
 
     With several ranks the index of an accelerator is `chosen`, else `local_rank` modulo the number of visible devices,
-    whatever index was requested, so that it is 0 under a launcher that shows each rank one device. A single rank keeps
-    the index it asked for.
+    whatever index was requested, so that it is 0 under a launcher that shows each rank one device. Of a group that no
+    launcher described, the rank counts. A single rank keeps the index it asked for.
 
     Args:
         chosen: the index that the script has made current on this rank, where it did so on every rank.
@@ -47,14 +47,17 @@ def local_device(requested: str | torch.device | None, ranks: Ranks, chosen: int
     Raises `LaunchError` for a device that torch does not know or that this host lacks.
     """
     import torch
+    import torch.distributed as dist
 
     device = requested_device(requested)
     if device.type == "cpu":
         return torch.device("cpu")
     api, num_devices = _visible_devices(device.type)
-    index = device.index
-    if ranks.world_size > 1 or index is None:
-        index = ranks.local_rank % num_devices if chosen is None else chosen
+    local_rank, several, index = ranks.local_rank, ranks.world_size > 1, device.index
+    if ranks.launcher == "none" and not several and dist.is_initialized():
+        local_rank, several = dist.get_rank(), dist.get_world_size() > 1
+    if several or index is None:
+        index = local_rank % num_devices if chosen is None else chosen
     if index >= num_devices:
         raise LaunchError(
             f"device {str(device)!r} was requested, but {num_devices} are visible: 0 to {num_devices - 1}"

@@ -48,6 +48,14 @@ def test_local_device_follows_the_local_rank(requested, local_rank, count, index
     assert chosen == [index]
 
 
+def test_a_group_that_no_launcher_described_gives_each_rank_a_device(monkeypatch):
+    chosen = fake_devices(monkeypatch, 4)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 8)
+    monkeypatch.setattr(dist, "get_rank", lambda: 5)
+    assert local_device("cuda", ONE).index == 1 and chosen == [1]
+
+
 def test_the_devices_that_a_script_chose_are_kept_where_it_chose_on_every_rank_of_a_host(monkeypatch):
     hosts = ["a", "a", "b", "b", "c", "c", "d"]
     current = [1, 0, 0, 0, None, 1, 2]
