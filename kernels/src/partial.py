@@ -40,7 +40,7 @@ def attend_partial(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Non
     if not (query.numel() and key.numel()):  # kernels divide by these numbers
         return query.new_zeros(query.shape, dtype=torch.float32), _no_keys(query)
     for kernel in _kernels(query, mask is not None):
-        if _agrees(kernel, query.device, query.dtype, query.shape[-1], mask is not None):
+        if kind == "meta" or _agrees(kernel, query.device, query.dtype, query.shape[-1], mask is not None):
             return _attended_by(kernel, query, key, value, mask)
     # No kernel gives log-sum-exps: scores of a few queries at a time.
     parts = [attend_partial_reference(some, key, value, mask) for some in query.split(QUERIES_AT_ONCE, dim=1)]
@@ -77,6 +77,8 @@ def _kernels(query: Tensor, masked: bool) -> tuple[Kernel, ...]:
     kind, dtype, head_dim = query.device.type, query.dtype, query.shape[-1]
     if kind == "cpu":
         return (_flash_on_cpu,)
+    if kind == "meta":
+        return (_without_values,)
     if kind == "xpu":  # which of them has log-sum-exps, and which ones, depends on the version of torch
         return (_overrideable,) if masked else (_flash, _overrideable)
     if kind != "cuda" or head_dim % 8:
@@ -116,6 +118,11 @@ def _agrees(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: 
 
 def _flash_on_cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)
+
+
+def _without_values(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Shapes alone, for whoever traces a forward: one attention."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:

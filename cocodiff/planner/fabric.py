@@ -1,0 +1,133 @@
+"""The links of a cluster, and what a transfer puts on each: who shares what, before anything is timed.
+
+Every part of a level sends and receives through a link of its own, which its ranks share: the GPU through its fabric
+ports, the node through its NICs. A message crosses the link of the outermost level in which its two ends differ.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cocodiff.parallel.mesh import Degrees
+from cocodiff.planner.program import Send
+from cocodiff.topology import Cluster
+
+Seconds = NDArray[np.float64]  # of each link
+
+
+@dataclass(frozen=True)
+class Flow:
+    """What one transfer of all ranks needs.
+
+    Attributes:
+        latency_seconds: before the first byte has arrived.
+        seconds: on each link, alone; shape `(links,)`.
+        sent_bytes: by one rank, the busiest.
+        level: the outermost that it crosses.
+    """
+
+    latency_seconds: float
+    seconds: Seconds
+    sent_bytes: float
+    level: int
+
+
+class Fabric:
+    """The links of one cluster under one mesh.
+
+    Args:
+        cluster: with concrete sizes.
+        peers_in_turn: a rank's messages of one exchange leave one after the other, each with its latency (gloo), not
+            together (NCCL, XCCL).
+    """
+
+    def __init__(self, cluster: Cluster, degrees: Degrees, peers_in_turn: bool) -> None:
+        self._cluster, self._degrees, self._in_turn = cluster, degrees, peers_in_turn
+        sizes, world = cluster.sizes, cluster.num_ranks
+        inner = [math.prod(sizes[:level]) for level in range(len(sizes))]
+        self._unit = np.stack([np.arange(world) // one for one in inner])  # (levels, ranks): whose link
+        parts = [world // one for one in inner]
+        self._first = np.concatenate([[0], np.cumsum([2 * count for count in parts])])  # out, then in, of each level
+        capacity = []
+        for level, count, ranks in zip(cluster.levels, parts, inner, strict=True):
+            capacity += [level.bandwidth_gbs * 1e9 * ranks] * (2 * count)
+        self._capacity = np.array(capacity)
+
+    @property
+    def num_links(self) -> int:
+        return len(self._capacity)
+
+    def flow(self, send: Send) -> Flow:
+        """What a send of all ranks at once needs: each sends the ranks of its group what rank 0 sends those of its."""
+        return self._flow(send.axis, send.pattern, send.bytes_to)
+
+    @lru_cache(maxsize=4096)  # noqa: B019 - lives as long as the fabric, which is dropped with its search
+    def _flow(self, axis: str, pattern: str, bytes_to: tuple[int, ...]) -> Flow:
+        groups = axis_groups(self._cluster.sizes, self._degrees, axis)
+        size = groups.shape[1]
+        sent = np.zeros(self.num_links)
+        levels, messages, own = set(), 0, 0.0
+        distances = range(1, size) if pattern == "all_to_all" else range(1, min(size, 2))
+        for distance in distances:
+            there = np.roll(groups, -distance, axis=1)
+            if pattern == "all_to_all":
+                amounts = np.roll(np.array(bytes_to, dtype=float), -distance)
+            else:
+                amounts = np.full(size, float(bytes_to[0]))
+            if not amounts.any():
+                continue
+            messages += 1
+            own += amounts[0]
+            here, peer, weight = groups.ravel(), there.ravel(), np.tile(amounts, len(groups))
+            level = _outer_level(self._unit, here, peer)
+            levels |= set(level.tolist())
+            for one in set(level.tolist()):
+                mine = level == one
+                count = (self._first[one + 1] - self._first[one]) // 2
+                np.add.at(sent, self._first[one] + self._unit[one][here[mine]], weight[mine])
+                np.add.at(sent, self._first[one] + count + self._unit[one][peer[mine]], weight[mine])
+        if not levels:
+            return Flow(0.0, np.zeros(self.num_links), 0.0, 0)
+        latency = max(self._cluster.levels[level].latency_us for level in levels) * 1e-6
+        if self._in_turn:
+            latency *= messages
+        return Flow(latency, sent / self._capacity, own, max(levels))
+
+
+def axis_groups(sizes: Sequence[int], degrees: Degrees, axis: str) -> NDArray[np.int64]:
+    """All groups of an axis, `(groups, places)`.
+
+    >>> axis_groups((2, 2), Degrees(1, 2, 2), "ring").tolist()
+    [[0, 2], [1, 3]]
+    """
+    world, sequence = math.prod(sizes), degrees.ring * degrees.ulysses
+    ranks = np.arange(world).reshape(degrees.cfg, degrees.ring, degrees.ulysses)
+    if axis.startswith("level "):
+        return _level_groups(ranks, tuple(sizes), int(axis.removeprefix("level ")))
+    if axis == "cfg":
+        return ranks.reshape(degrees.cfg, sequence).T
+    if axis == "ring":
+        return ranks.transpose(0, 2, 1).reshape(-1, degrees.ring)
+    if axis == "ulysses":
+        return ranks.reshape(-1, degrees.ulysses)
+    return ranks.reshape(-1, {"alone": 1, "sequence": sequence}.get(axis, world))
+
+
+def _level_groups(ranks: NDArray[np.int64], sizes: tuple[int, ...], level: int) -> NDArray[np.int64]:
+    """Of the ulysses axis: ranks that differ in one level's digit."""
+    inner = math.prod(sizes[:level])
+    ulysses = ranks.reshape(-1, ranks.shape[-1])
+    size = min(sizes[level], ulysses.shape[1] // inner)
+    return ulysses.reshape(len(ulysses), -1, size, inner).transpose(0, 1, 3, 2).reshape(-1, size)
+
+
+def _outer_level(unit: NDArray[np.int64], here: NDArray[np.int64], peer: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The outermost level in which two ranks differ."""
+    differ = unit[:, here] != unit[:, peer]
+    return differ.shape[0] - 1 - np.argmax(differ[::-1], axis=0)

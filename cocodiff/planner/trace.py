@@ -1,0 +1,158 @@
+"""Reads what one rank does in one forward: the real transformer on the meta device, our parts over recorders.
+
+Blocks that are built alike do alike: of each run of such blocks the first, one more and the last are run, and the one
+between stands for all others (a one-block trace would miss what is handed on from block to block; AoiZora found that
+two blocks rank plans well, one does not).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cocodiff.config import Config
+from cocodiff.exchange.collectives import swap
+from cocodiff.exchange.connected import ConnectedMesh
+from cocodiff.launch.job import Job
+from cocodiff.models import Family
+from cocodiff.parallel.layout import axis_sizes, level_groups
+from cocodiff.parallel.mesh import Axis, Degrees, Mesh
+from cocodiff.pipeline.install import install_transformer
+from cocodiff.plan import RunPlan
+from cocodiff.planner.program import Program, Step
+from cocodiff.planner.recording import Recorder, RecordedGroup, RecordingLane, RecordingTransport
+from cocodiff.state import CallState, Session
+from cocodiff.topology import Cluster
+
+KEPT = 3  # blocks of each run of equal ones: the first, one that stands for those between, the last
+
+
+def trace(transformer: nn.Module, family: Family, given: Mapping[str, Any], cluster: Cluster, plan: RunPlan) -> Program:
+    """Run one forward of rank 0 and write it down.
+
+    Args:
+        transformer: of diffusers, on the meta device; its lists of blocks are put back.
+        given: a forward's arguments; of tensors only shapes and dtypes count.
+        cluster: of all ranks, with concrete sizes.
+        plan: with a concrete exchange and number of pieces.
+    """
+    recorder, lists = Recorder(), {name: getattr(transformer, name) for name in family.blocks}
+    weight_bytes = sum(x.numel() * x.itemsize for x in (*transformer.parameters(), *transformer.buffers()))
+    kept, times = zip(*(_thinned(list(blocks)) for blocks in lists.values()), strict=True)
+    for name, blocks in zip(lists, kept, strict=True):
+        setattr(transformer, name, nn.ModuleList(blocks))
+    try:
+        session = _session(recorder, cluster, plan)
+        forward = install_transformer(transformer, family, session)
+        parts = _run(recorder, forward, session, plan, given)
+    finally:
+        for name, blocks in lists.items():
+            setattr(transformer, name, blocks)
+    counts = [1, *(count for one in times for count in one), 1]
+    return Program(tuple(zip(parts, counts, strict=True)), weight_bytes)
+
+
+def _thinned(blocks: list[nn.Module]) -> tuple[list[nn.Module], list[int]]:
+    """The blocks that are run, and for how many each stands."""
+    runs: list[list[nn.Module]] = []
+    signature = None
+    for block in blocks:
+        one = type(block), tuple((name, tuple(x.shape)) for name, x in block.named_parameters())
+        if one != signature:
+            runs.append([])
+        runs[-1].append(block)
+        signature = one
+    kept: list[nn.Module] = []
+    times: list[int] = []
+    for run in runs:
+        few = run if len(run) <= KEPT else [run[0], run[1], run[-1]]
+        kept += few
+        times += [1] * len(run) if len(run) <= KEPT else [1, len(run) - 2, 1]
+    return kept, times
+
+
+def _session(recorder: Recorder, cluster: Cluster, plan: RunPlan) -> Session:
+    job = Job(0, cluster.num_ranks, torch.device("meta"), "none", ("",) * cluster.num_ranks, "recording", joined=None)
+    session = Session(job, Config(), cluster, lambda facts: plan)
+    lanes: dict[int, RecordingLane] = {}
+
+    def lane(level: int) -> RecordingLane:
+        return lanes.setdefault(level, RecordingLane(recorder, level))
+
+    def make(group: Any, *args: Any) -> RecordingTransport:
+        if group is None:
+            return RecordingTransport(recorder, "alone", 0, 1, *args)
+        return RecordingTransport(recorder, group.axis, group.place, len(group.ranks), *args)
+
+    connected = ConnectedMesh.connect(recorded_mesh(cluster, plan), lane, session.bytes, make)
+    session.connect = lambda plan: connected  # type: ignore[method-assign]
+    session.timeline = recorder  # type: ignore[assignment]
+    return session
+
+
+def recorded_mesh(cluster: Cluster, plan: RunPlan) -> Mesh:
+    """The mesh of rank 0 with recorded groups."""
+    degrees = plan.degrees
+    world, sequence = cluster.num_ranks, degrees.ring * degrees.ulysses
+
+    def axis(name: str, stride: int, size: int) -> Axis:
+        ranks = tuple(range(0, stride * size, stride))
+        group: Any = RecordedGroup(name, 0, ranks) if size > 1 else None
+        return Axis(ranks, 0, cluster.with_sizes(axis_sizes(cluster.sizes, stride, size)), group)
+
+    axes = dict(
+        everyone=axis("everyone", 1, world),
+        sequence=axis("sequence", 1, sequence),
+        ulysses=axis("ulysses", 1, degrees.ulysses),
+        ring=axis("ring", degrees.ulysses, degrees.ring),
+        cfg=axis("cfg", sequence, degrees.cfg),
+    )
+    sizes = axes["ulysses"].cluster.sizes
+    levels: dict[int, Any] = {
+        level: RecordedGroup(f"level {level}", 0, level_groups(sizes, level)[0])
+        for level, size in enumerate(sizes)
+        if size > 1
+    }
+    host: Any = RecordedGroup("host", 0, tuple(range(world)))
+    return Mesh(degrees, cluster, **axes, level_groups=levels, host_group=host, backend="recording")
+
+
+def _run(recorder: Recorder, forward: Any, session: Session, plan: RunPlan, given: Mapping[str, Any]) -> list:
+    parts: list[tuple[Step, ...]] = []
+    transformer = forward.transformer
+    call = CallState(session, plan, session.connect(plan), transformer.dtype)
+    row = forward._row
+
+    def begins(module: Any, args: Any) -> None:
+        parts.append(recorder.part())
+
+    hooks = [block.module.register_forward_pre_hook(begins) for block in row.blocks]
+
+    def ends(module: Any, args: Any, output: Any) -> None:
+        parts.append(recorder.part())
+
+    hooks.append(row.blocks[-1].module.register_forward_hook(ends))
+    on_meta = {name: _meta(value) for name, value in given.items()}
+    try:
+        with torch.no_grad(), recorder.recording():
+            output = forward._on_shards(call, dict(on_meta) | {"return_dict": False}, None)[0]
+            if plan.degrees.cfg > 1:
+                swap(output, call.connected.sequence, call.connected.cfg)
+        parts.append(recorder.part())
+    finally:
+        for hook in hooks:
+            hook.remove()
+        forward.patches.undo()
+    return parts
+
+
+def _meta(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.to("meta")
+    if isinstance(value, (list, tuple)):
+        return type(value)(_meta(one) for one in value)
+    return value
