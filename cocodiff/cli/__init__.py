@@ -1,4 +1,4 @@
-"""The command line: `cocodiff generate`, `bench`, `report` and `doctor`."""
+"""The command line: `cocodiff generate`, `plan`, `bench`, `report` and `doctor`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from cocodiff.cli.bench import bench_app
 from cocodiff.cli.copies import copies
 from cocodiff.cli.doctor import doctor
 from cocodiff.cli.generate import generate
+from cocodiff.cli.plan import plan
 from cocodiff.cli.report import report_app
 from cocodiff.cli.together import say_once
 from cocodiff.errors import CocodiffError
@@ -23,6 +24,7 @@ app = typer.Typer(
     help="Run diffusion transformers of diffusers on many ranks.",
 )
 app.command()(generate)
+app.command()(plan)
 app.command()(doctor)
 bench_app.command()(copies)
 app.add_typer(bench_app, name="bench")

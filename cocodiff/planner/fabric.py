@@ -97,7 +97,27 @@ class Fabric:
         latency = max(self._cluster.levels[level].latency_us for level in levels) * 1e-6
         if self._in_turn:
             latency *= messages
-        return Flow(latency, sent / self._capacity, own, max(levels))
+        seconds = sent / self._capacity
+        if pattern == "all_to_all" and len(levels) > 1:
+            seconds /= self._cluster.flat_efficiency
+        return Flow(latency, seconds, own, max(levels))
+
+
+def telling(flows: Sequence[Flow]) -> NDArray[np.bool_]:
+    """The links that can ever hold one of these transfers back: of links that are used alike one, of others the busier.
+
+    >>> flows = [Flow(0, np.array([1.0, 1.0, 0.5]), 1, 0), Flow(0, np.array([2.0, 2.0, 0.5]), 1, 0)]
+    >>> telling(flows).tolist()
+    [True, False, False]
+    """
+    use = np.stack([flow.seconds for flow in flows])
+    digits = np.round(use / max(use.max(), 1e-30), 9)
+    _, first = np.unique(digits, axis=1, return_index=True)
+    kept = np.zeros(use.shape[1], dtype=bool)
+    for link in first:
+        others = digits[:, [other for other in first if other != link]]
+        kept[link] = not np.any(np.all(others >= digits[:, [link]], axis=0))
+    return kept
 
 
 def axis_groups(sizes: Sequence[int], degrees: Degrees, axis: str) -> NDArray[np.int64]:

@@ -5,6 +5,7 @@ The real code runs over them: attention, blocks, lanes' order and exchanges are 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,10 @@ from torch.utils.flop_counter import flop_registry
 
 from cocodiff.exchange.transport import Prepare, Transport
 from cocodiff.planner.program import Compute, Send, Step, Wait, Work, joined_work
+
+
+# An operator and its inputs -> its work, and the size, stride and dtype of each result.
+Known = dict[Any, tuple[Work | None, list[tuple[Any, Any, Any]]]]
 
 
 @dataclass(frozen=True)
@@ -37,16 +42,21 @@ class RecordedGroup:
 
 
 class Recorder:
-    """Writes down operators, sends and waits; also stands for a timeline, whose spans it hears of."""
+    """Writes down operators, sends and waits; also stands for a timeline, whose spans it hears of.
 
-    def __init__(self) -> None:
-        self.sends = 0
+    Args:
+        known: operators that were seen before, kept from one recorder to the next.
+    """
+
+    def __init__(self, known: Known) -> None:
+        self.known, self.sends = known, 0
         self._steps: list[Step] = []
         self._work: list[Work] = []  # of the stretch of compute that runs
         self._lane_work: list[Work] | None = None  # of the lane's work that runs
         self._sent: tuple[str, str, tuple[int, ...]] | None = None
         self._labels: list[str] = []
         self._waited: set[int] = set()
+        self._alive_bytes = self.peak_bytes = 0
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -56,6 +66,16 @@ class Recorder:
 
     def operator(self, work: Work) -> None:
         (self._work if self._lane_work is None else self._lane_work).append(work)
+
+    def made(self, tensor: Tensor) -> None:
+        """Count a new tensor's memory for as long as it is there."""
+        storage = tensor.untyped_storage()
+        self._alive_bytes += storage.nbytes()
+        self.peak_bytes = max(self.peak_bytes, self._alive_bytes)
+        weakref.finalize(storage, self._freed, storage.nbytes()).atexit = False
+
+    def _freed(self, count: int) -> None:
+        self._alive_bytes -= count
 
     @contextmanager
     def span(self, lane: str, label: str) -> Iterator[None]:
@@ -186,27 +206,57 @@ def _arguments(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **more: An
 
 
 class _Operators(TorchDispatchMode):
+    """Hears of every operator. One that was seen before with such inputs is not run again: blocks are much alike, and
+    most operators of the meta device are slow Python.
+    """
+
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
         self._recorder = recorder
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        work = _work_of(func, args, kwargs or {}, out)
+        kwargs = kwargs or {}
+        if any(one.alias_info is not None for one in func._schema.returns):  # a view, or written in place
+            out = func(*args, **kwargs)
+            if any(one.alias_info is not None and one.alias_info.is_write for one in func._schema.returns):
+                self._note(_work_of(func, args, kwargs, out))
+            return out
+        key = func, _described(args), _described(tuple(kwargs.items()))
+        if key in self._recorder.known:
+            work, made = self._recorder.known[key]
+            out = tuple(torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in made)
+            out = out if len(out) > 1 else out[0]
+        else:
+            out = func(*args, **kwargs)
+            work, tensors = _work_of(func, args, kwargs, out), _tensors((out,))
+            single = isinstance(out, Tensor) or (isinstance(out, tuple) and len(out) == len(tensors) > 1)
+            if single and all(x.device.type == "meta" for x in tensors):
+                self._recorder.known[key] = work, [(x.shape, x.stride(), x.dtype) for x in tensors]
+        self._note(work)
+        for tensor in _tensors((out,)):
+            self._recorder.made(tensor)
+        return out
+
+    def _note(self, work: Work | None) -> None:
         if work is not None:
             self._recorder.operator(work)
-        return out
+
+
+def _described(value: Any) -> Any:
+    """What decides the shape of an operator's result, hashable."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    if isinstance(value, (list, tuple)):
+        return tuple(_described(one) for one in value)
+    return type(value), value
 
 
 _NO_WORK = (torch.ops.aten.empty, torch.ops.aten.new_empty, torch.ops.aten._unsafe_view)
 
 
 def _work_of(func: Any, args: tuple, kwargs: dict, out: Any) -> Work | None:
-    """The operator's FLOPs and bytes; None for a view and for what has no tensor."""
-    schema = func._schema
-    if any(one.alias_info is not None and not one.alias_info.is_write for one in schema.returns):
-        return None
-    inputs = [x for x in _tensors(args) + _tensors(tuple(kwargs.values()))]
+    """The operator's FLOPs and bytes; None where it does nothing."""
+    inputs = _tensors(args) + _tensors(tuple(kwargs.values()))
     outputs = _tensors((out,))
     moved = sum(x.numel() * x.itemsize for x in inputs + outputs)
     if not outputs or func.overloadpacket in _NO_WORK:

@@ -7,11 +7,19 @@ speed that it would have alone, and what one cannot use the others may (max-min 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
-from cocodiff.planner.program import Compute, Program, Send, Work
+import numpy as np
+from numpy.typing import NDArray
 
+from cocodiff.planner.program import Compute, Program, Send, Step, Work
+
+LAUNCHES_PER_SEND = 4  # of the host, in launches of an operator: events, the collective, its bookkeeping. ASSUMED
+# Of a part that is repeated often, so many repetitions are played until it runs evenly, and so many more are timed;
+# those stand for the others.
+SETTLING, STEADY = 3, 3
 _NEVER = float("inf")
 
 
@@ -30,25 +38,23 @@ class Transfer:
     work: float = 0.0
 
 
-@dataclass
+@dataclass(frozen=True)
 class Timing:
     """What one forward takes, in seconds.
 
     Attributes:
         total: from the first operator to the last.
         compute: of the compute's operators, alone.
-        waiting: label of what was waited for -> how long the compute stood still for it.
-        host: the time that the host needs to start everything; part of `total` where it is the limit.
+        shared: by how much that took longer where transfers took part of the cores.
+        host: how long it stood still for the host, which starts every operator.
+        waiting: level of the cluster -> how long the compute stood still for what travels through it.
     """
 
-    total: float = 0.0
-    compute: float = 0.0
-    waiting: dict[str, float] = field(default_factory=dict)
-    host: float = 0.0
-
-    @property
-    def exposed(self) -> float:
-        return sum(self.waiting.values())
+    total: float
+    compute: float
+    shared: float
+    host: float
+    waiting: Mapping[int, float]
 
 
 @dataclass
@@ -56,6 +62,7 @@ class _Job:
     """Work that is on a lane."""
 
     number: int
+    level: int
     transfer: Transfer
     after: int | None  # the job that makes its buffer
     begun: float | None = None  # when its latency began
@@ -63,61 +70,100 @@ class _Job:
     done: float | None = None
 
 
-def simulate(
-    program: Program,
-    compute_seconds: Callable[[Sequence[Work]], float],
-    transfer: Callable[[Send], Transfer],
-    early: bool,
-) -> Timing:
-    """Play one forward.
+class Costs(Protocol):
+    """What work and transfers take.
 
-    Args:
-        compute_seconds: of some operators, alone on the device.
-        transfer: what a send needs.
+    Attributes:
         early: messages of a lane leave as soon as their buffer exists and keep the link busy one after the other
             (gloo); else a lane's next work begins when the one before has ended.
+        launch_seconds: of the host for one operator, where the device runs behind the host; 0 where the host is the
+            device.
     """
-    return _Player(compute_seconds, transfer, early).play(program)
+
+    early: bool
+    launch_seconds: float
+
+    def compute_seconds(self, work: Sequence[Work]) -> float:
+        """Of some operators, alone on the device."""
+
+    def transfer(self, send: Send) -> Transfer: ...
+
+
+def simulate(program: Program, costs: Costs) -> Timing:
+    """Play one forward."""
+    levels = 1 + max((send.lane for send, _ in program.sends()), default=0)
+    return _Player(costs, levels).play(program)
 
 
 class _Player:
-    def __init__(self, compute_seconds: Callable, transfer: Callable, early: bool) -> None:
-        self._seconds, self._transfer, self._early = compute_seconds, transfer, early
-        self._time = 0.0
+    def __init__(self, costs: Costs, levels: int) -> None:
+        self._costs, self._early = costs, costs.early
+        self._time = self._host = 0.0  # where the device is, and how far the host has come
+        self._compute = self._shared = self._waited_host = 0.0
+        self._waiting = [0.0] * levels
+        self._left_out = np.zeros(4 + levels)  # of repetitions that were not played
         self._jobs: list[_Job] = []
         self._lanes: dict[tuple[int, str], list[_Job]] = {}  # jobs that have not ended, in order
-        self._timing = Timing()
+        self._known_work: dict[tuple[Work, ...], float] = {}
+        self._known_sends: dict[Send, Transfer] = {}
 
     def play(self, program: Program) -> Timing:
-        costs: dict[tuple[Work, ...], float] = {}
-        transfers: dict[Send, Transfer] = {}
-        labels: list[str] = []
-        for step in program.steps():
-            if isinstance(step, Compute):
-                if step.work not in costs:
-                    costs[step.work] = self._seconds(step.work)
-                self._timing.compute += costs[step.work]
-                self._run(costs[step.work])
-            elif isinstance(step, Send):
-                if step not in transfers:
-                    transfers[step] = self._transfer(step)
-                after = None if step.after is None else len(self._jobs) - step.after
-                job = _Job(len(self._jobs), transfers[step], after)
-                self._jobs.append(job)
-                labels.append(step.label)
-                self._lanes.setdefault((step.lane, step.axis if self._early else ""), []).append(job)
-            else:
-                number = len(self._jobs) - step.back
-                waited = self._until(self._jobs[number])
-                self._timing.waiting[labels[number]] = self._timing.waiting.get(labels[number], 0.0) + waited
+        for steps, times in program.parts:
+            for _ in range(min(times, SETTLING)):
+                self._part(steps)
+            if times <= SETTLING + STEADY:
+                for _ in range(times - SETTLING):
+                    self._part(steps)
+                continue
+            before = self._reading()
+            for _ in range(STEADY):
+                self._part(steps)
+            self._left_out += (self._reading() - before) * ((times - SETTLING - STEADY) / STEADY)
         for job in self._jobs:
-            self._until(job)
-        self._timing.total = self._time
-        return self._timing
+            self._still(job)
+        total, compute, shared, host, *waiting = (self._reading() + self._left_out).tolist()
+        return Timing(total, compute, shared, host, {level: one for level, one in enumerate(waiting) if one})
+
+    def _reading(self) -> NDArray[np.float64]:
+        return np.array([self._time, self._compute, self._shared, self._waited_host, *self._waiting])
+
+    def _part(self, steps: Sequence[Step]) -> None:
+        for step in steps:
+            if isinstance(step, Compute):
+                if step.work not in self._known_work:
+                    self._known_work[step.work] = self._costs.compute_seconds(step.work)
+                seconds = self._known_work[step.work]
+                self._compute += seconds
+                self._hosted(1)
+                self._run(seconds)
+                self._hosted(sum(one.count for one in step.work) - 1)
+            elif isinstance(step, Send):
+                if step not in self._known_sends:
+                    self._known_sends[step] = self._costs.transfer(step)
+                after = None if step.after is None else len(self._jobs) - step.after
+                job = _Job(len(self._jobs), step.lane, self._known_sends[step], after)
+                self._jobs.append(job)
+                self._lanes.setdefault((step.lane, step.axis if self._early else ""), []).append(job)
+                self._hosted(LAUNCHES_PER_SEND + sum(one.count for one in step.work))
+            else:
+                self._still(self._jobs[len(self._jobs) - step.back])
+
+    def _hosted(self, operators: int) -> None:
+        """The host starts so many operators; the device cannot be ahead of it."""
+        self._host += operators * self._costs.launch_seconds
+        if self._time < self._host:
+            self._waited_host += self._host - self._time
+            self._play_until(self._host)
+
+    def _still(self, job: _Job) -> None:
+        """Stand still until a job has ended."""
+        start = self._time
+        self._play_until(_NEVER, job)
+        self._waiting[job.level] += self._time - start
 
     def _run(self, seconds: float) -> None:
         """Compute for so long, as far as what is on the lanes leaves cores for it."""
-        left = seconds
+        start, left = self._time, seconds
         while left > 0:
             self._begin()
             speeds, own = self._speeds(computing=True)
@@ -126,15 +172,14 @@ class _Player:
             self._advance(step, speeds)
             if left < 1e-12:
                 break
+        self._shared += self._time - start - seconds
 
-    def _until(self, job: _Job) -> float:
-        """Stand still until a job has ended; returns for how long."""
-        start = self._time
-        while job.done is None:
+    def _play_until(self, time: float, job: _Job | None = None) -> None:
+        """Let the lanes go on until a time, or until a job has ended."""
+        while self._time < time - 1e-15 and (job is None or job.done is None):
             self._begin()
             speeds, _ = self._speeds(computing=False)
-            self._advance(self._next(speeds), speeds)
-        return self._time - start
+            self._advance(min(self._next(speeds), time - self._time), speeds)
 
     def _begin(self) -> None:
         """Let jobs begin whose buffers exist and whose turn it is."""

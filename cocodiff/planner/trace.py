@@ -24,14 +24,21 @@ from cocodiff.parallel.mesh import Axis, Degrees, Mesh
 from cocodiff.pipeline.install import install_transformer
 from cocodiff.plan import RunPlan
 from cocodiff.planner.program import Program, Step
-from cocodiff.planner.recording import Recorder, RecordedGroup, RecordingLane, RecordingTransport
+from cocodiff.planner.recording import Known, Recorder, RecordedGroup, RecordingLane, RecordingTransport
 from cocodiff.state import CallState, Session
 from cocodiff.topology import Cluster
 
 KEPT = 3  # blocks of each run of equal ones: the first, one that stands for those between, the last
 
 
-def trace(transformer: nn.Module, family: Family, given: Mapping[str, Any], cluster: Cluster, plan: RunPlan) -> Program:
+def trace(
+    transformer: nn.Module,
+    family: Family,
+    given: Mapping[str, Any],
+    cluster: Cluster,
+    plan: RunPlan,
+    known: Known,
+) -> Program:
     """Run one forward of rank 0 and write it down.
 
     Args:
@@ -39,8 +46,9 @@ def trace(transformer: nn.Module, family: Family, given: Mapping[str, Any], clus
         given: a forward's arguments; of tensors only shapes and dtypes count.
         cluster: of all ranks, with concrete sizes.
         plan: with a concrete exchange and number of pieces.
+        known: operators of traces before, which make this one quicker; filled further.
     """
-    recorder, lists = Recorder(), {name: getattr(transformer, name) for name in family.blocks}
+    recorder, lists = Recorder(known), {name: getattr(transformer, name) for name in family.blocks}
     weight_bytes = sum(x.numel() * x.itemsize for x in (*transformer.parameters(), *transformer.buffers()))
     kept, times = zip(*(_thinned(list(blocks)) for blocks in lists.values()), strict=True)
     for name, blocks in zip(lists, kept, strict=True):
@@ -53,7 +61,7 @@ def trace(transformer: nn.Module, family: Family, given: Mapping[str, Any], clus
         for name, blocks in lists.items():
             setattr(transformer, name, blocks)
     counts = [1, *(count for one in times for count in one), 1]
-    return Program(tuple(zip(parts, counts, strict=True)), weight_bytes)
+    return Program(tuple(zip(parts, counts, strict=True)), weight_bytes, recorder.peak_bytes)
 
 
 def _thinned(blocks: list[nn.Module]) -> tuple[list[nn.Module], list[int]]:

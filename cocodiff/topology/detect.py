@@ -72,7 +72,7 @@ def load_cluster(spec: str | os.PathLike[str] | Cluster, hosts: Sequence[str], d
     elif isinstance(spec, str) and spec in PRESETS:
         cluster, source = PRESETS[spec], f"preset {spec!r}"
     else:
-        cluster, source = _read(Path(spec)), f"cluster file {os.fspath(spec)!r}"
+        cluster, source = read_cluster(spec), f"cluster file {os.fspath(spec)!r}"
     resolved = cluster.resolve(len(hosts))
     shape = " x ".join(f"{level.name} {level.size}" for level in resolved.levels)
     sentence = f"{source}: levels {shape}"
@@ -99,7 +99,10 @@ def _check_hosts(hosts: Sequence[str]) -> None:
         raise ConfigError(f"hosts must name one host per rank, not {hosts!r}")
 
 
-def _read(path: Path) -> Cluster:
+def read_cluster(spec: str | os.PathLike[str]) -> Cluster:
+    """Return the cluster of a JSON file; the size of its outermost level may be open. Raises `ConfigError`."""
+    check_name(spec)
+    path = Path(spec)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a name that no file can have

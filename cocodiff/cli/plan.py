@@ -1,0 +1,87 @@
+"""`cocodiff plan`: which mesh and which exchange to take for a model on a cluster, and why."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from json import dumps
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cocodiff.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cocodiff.topology import Cluster
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def plan(
+    model: Annotated[str, typer.Option(help="A released model's id on the hub, or shape:NAME.")],
+    cluster: Annotated[
+        str, typer.Option(help="aurora:8 (nodes), dgx-h100:2, polaris:4, single-node:4, or FILE.json[:N].")
+    ],
+    height: Annotated[int | None, typer.Option(help="Pixels; by default the model's.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels; by default the model's.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Of a clip; 81 by default.")] = None,
+    cfg: Annotated[bool, typer.Option("--cfg", help="Guidance in two branches.")] = False,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    device: Annotated[str | None, typer.Option(help="What a rank computes on, where the cluster does not say.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Of a rank's device, as 64GB; by default the device's.")] = None,
+    top: Annotated[int, typer.Option(help="How many plans to show.")] = 5,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say which plan is fastest in a model of the machine, without weights, GPUs or ranks. Nothing is measured."""
+    where, name = _cluster(cluster)
+    full = DTYPES.get(dtype, dtype)
+    if full not in DTYPES.values():
+        raise ConfigError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}.")
+    if top < 1:
+        raise ConfigError(f"--top {top}: at least 1.")
+    from cocodiff.planner.explain import as_json, describe
+    from cocodiff.planner.rates import rates_of
+    from cocodiff.planner.search import search
+    from cocodiff.planner.wanted import task, wanted
+
+    rates = rates_of(device, name)
+    asked = wanted(model, height, width, frames, cfg, full)
+    found = search(task(asked, where, rates, _bytes(memory, rates.memory_gb)), keep=top)
+    if json:
+        print(dumps(as_json(found, asked, where, rates), indent=2))
+    else:
+        print("\n".join(describe(found, asked, where, rates)))
+
+
+def _cluster(text: str) -> tuple[Cluster, str]:
+    """A cluster with concrete sizes, from its name or file and how many units of its outermost level there are."""
+    from cocodiff.topology import PRESETS, Cluster
+    from cocodiff.topology.detect import read_cluster
+
+    name, _, count = text.rpartition(":")
+    if not name or (count and not count.isdecimal()):
+        name, count = text, ""
+    found: Cluster = PRESETS[name] if name in PRESETS else read_cluster(name)
+    outer = found.levels[-1]
+    if count:
+        if int(count) < 1:
+            raise ConfigError(f"--cluster {text}: at least one {outer.name}.")
+        if outer.size not in (None, int(count)):
+            raise ConfigError(f"--cluster {text}: {name} has {outer.size} of {outer.name!r}, not {count}.")
+        found = replace(found, levels=(*found.levels[:-1], replace(outer, size=int(count))))
+    if found.levels[-1].size is None:
+        raise ConfigError(f"--cluster {text}: say how many of {outer.name!r}, as {name}:2.")
+    return found, os.path.basename(name).removesuffix(".json")
+
+
+def _bytes(text: str | None, default_gb: float) -> float:
+    if text is None:
+        return default_gb * 1e9
+    number = text.strip().upper().removesuffix("B").removesuffix("G")
+    try:
+        value = float(number)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e6:
+        raise ConfigError(f"--memory {text} is no memory in GB, as 64GB.")
+    return value * 1e9

@@ -1,0 +1,35 @@
+"""Every plan that may be, before any is judged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from cocodiff.parallel.layout import axis_sizes
+from cocodiff.parallel.mesh import Degrees
+from cocodiff.plan import MAX_PIECES, RunPlan
+from cocodiff.topology import Cluster
+
+PIECES = tuple(2**power for power in range(MAX_PIECES.bit_length()))
+
+
+def meshes(num_ranks: int, heads: int, guided: bool) -> Iterator[Degrees]:
+    """Every cfg x ring x ulysses of so many ranks: ulysses at most the heads, cfg 2 where there is guidance.
+
+    >>> [str(one) for one in meshes(4, heads=2, guided=False)]
+    ['cfg 1 x ring 2 x ulysses 2', 'cfg 1 x ring 4 x ulysses 1']
+    """
+    for cfg in (1, 2) if guided else (1,):
+        sequence, left = divmod(num_ranks, cfg)
+        for ring in range(1, sequence + 1):
+            if not left and sequence % ring == 0 and sequence // ring <= heads:
+                yield Degrees(cfg, ring, sequence // ring, "planned")
+
+
+def ways(cluster: Cluster, degrees: Degrees) -> Iterator[RunPlan]:
+    """Every exchange and number of pieces of one mesh. A staged exchange needs two levels that ulysses crosses."""
+    crossed = [size for size in axis_sizes(cluster.sizes, 1, degrees.ulysses) if size > 1]
+    exchanges = ("flat", "staged") if len(crossed) > 1 else ("flat",)
+    communicates = degrees.ring * degrees.ulysses > 1
+    for exchange in exchanges:
+        for pieces in PIECES if communicates else (1,):
+            yield RunPlan(degrees, exchange=exchange, pieces=pieces)
