@@ -10,7 +10,7 @@ from cocodiff.exchange import connected
 from cocodiff.exchange.connected import ConnectedMesh
 from cocodiff.exchange.lanes import ThreadLane
 from cocodiff.exchange.ring import Ring
-from cocodiff.exchange.transport import CollectiveTransport, XcclTransport, make_local_transport
+from cocodiff.exchange.transport import CollectiveTransport, LocalTransport, PointToPointTransport, XcclTransport
 from cocodiff.observe.bytes import ByteCounter
 from cocodiff.parallel import mesh
 from cocodiff.parallel.layout import Layout, digits, staged_plan, to_heads_traffic, to_sequence_traffic
@@ -49,9 +49,10 @@ def asked(monkeypatch):
     return log
 
 
-def transport(kind, lane, rank=0, size=4):
-    group = SimpleNamespace(rank=lambda: rank, size=lambda: size)
-    return kind(group, (size,), lane, ByteCounter())
+def transport(kind, lane, rank=0, size=4, ranks=None):
+    """Over an axis of so many ranks (or these, in this order); `rank` is the place of this one."""
+    level = Cluster("test", (Level("link", size, 1.0, 1.0),))
+    return kind(Axis(ranks or tuple(range(size)), rank, level, SimpleNamespace()), lane, ByteCounter())
 
 
 def ask(one, send_splits, recv_splits, **more):
@@ -145,7 +146,7 @@ def mesh_of_four(backend="nccl"):
     return Mesh(
         Degrees(1, 2, 2), cluster, cfg=axis((0,), None, (1, 1)), ring=axis((0, 2), "ring", (1, 2)),
         ulysses=axis((0, 1), "ulysses", (2, 1)), sequence=everyone, everyone=everyone,
-        level_groups={0: level.group}, host_group="host", backend=backend,
+        level_groups={0: level}, host_group="host", backend=backend,
     )  # fmt: skip
 
 
@@ -158,9 +159,9 @@ def test_xpu_s_groups_are_checked_each_once_when_a_mesh_is_connected(device, loc
     monkeypatch.setattr(connected, "check_delivery", lambda named, host_group: found.extend([*named, host_group]))
     lane = SimpleNamespace(device=torch.device(device))
 
-    def make(group, sizes, lane, counter):
-        kind = XcclTransport if group is not None and not local else make_local_transport
-        return kind(group, sizes, lane, counter)
+    def make(axis, lane, counter):
+        kind = XcclTransport if axis.group is not None and not local else LocalTransport
+        return kind(axis, lane, counter)
 
     ConnectedMesh.connect(mesh_of_four(), lambda level: lane, ByteCounter(), make)
     assert found == [*checked, *["host"] * bool(checked)]
