@@ -64,6 +64,11 @@ PARALLEL = (
         "return {name: sorted(several, key=min)", "return {name: sorted(map(tuple, map(sorted, several)), key=min)",
         (PLACEMENT,),
     ),
+    Fault(
+        "links of emulated parts are numbered within the part around", "scripts/emulated_network.py",
+        "number = around * step.count + index", "number = index",
+        (f"{DISTRIBUTED}/test_emulated_cluster.py::test_one_cable_of_an_outer_level_is_as_slow_as_it_says",),
+    ),
     Fault("a mesh is kept for all placements", "cocodiff/state.py",
         "key = plan.degrees, plan.placement", "key = plan.degrees, None", (PLACEMENT,)),
 )  # fmt: skip
