@@ -18,17 +18,20 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "emulated_cluster"
 ABLE = hasattr(os, "geteuid") and os.geteuid() == 0 and bool(shutil.which("ip")) and bool(shutil.which("tc"))
 needs_root = pytest.mark.skipif(not ABLE, reason="needs root, ip and tc (Debian: iproute2)")
 
-# Rank 0 receives from the last rank and prints seconds and the bytes that its host's link counted.
-TALK = """
+TOTAL = 2_000_000
+# Rank 0 receives so much from the last rank. It prints the seconds from the first part that it has to the last, and the
+# bytes that its host's link counted. Its buffer is small: little has come before it looks.
+TALK = f"""
 import os, socket, time
-rank, world, total = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), 1_000_000
+rank, world, total = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), {TOTAL}
 def counted():
     return int(open("/sys/class/net/eth0/statistics/rx_bytes").read())
 if rank == 0:
-    server = socket.create_server((os.environ["MASTER_ADDR"], 7777))
+    before, server = counted(), socket.create_server((os.environ["MASTER_ADDR"], 7777))
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
     peer, _ = server.accept()
-    peer.recv(1)
-    before, began, seen = counted(), time.monotonic(), 0
+    seen = len(peer.recv(65536))
+    began = time.monotonic()
     while seen < total:
         seen += len(peer.recv(65536))
     print("measured", time.monotonic() - began, counted() - before)
@@ -38,7 +41,7 @@ elif rank == world - 1:
             peer = socket.create_connection((os.environ["MASTER_ADDR"], 7777)); break
         except OSError:
             time.sleep(0.1)
-    peer.sendall(bytes(1)); time.sleep(0.5); peer.sendall(bytes(total)); time.sleep(1)
+    peer.sendall(bytes(total)); time.sleep(1)
 """
 
 
@@ -110,8 +113,8 @@ def test_the_link_is_as_slow_as_it_says(racks):
     done = _run(*shape, command=(sys.executable, "-c", TALK))
     assert done.returncode == 0, done.stdout + done.stderr
     seconds, counted = map(float, done.stdout.split("measured ")[1].split()[:2])
-    assert counted >= 1_000_000  # the interface saw it all
-    assert seconds >= 0.85 * 1_000_000 * 8 / 20e6  # never faster than the link, but for what a bucket holds
+    assert counted >= TOTAL  # the interface saw it all
+    assert seconds >= 0.75 * TOTAL * 8 / 20e6  # never faster than the link, but for what buckets and buffers hold
 
 
 def _links(folder, **links):
@@ -136,7 +139,7 @@ def test_one_cable_of_an_outer_level_is_as_slow_as_it_says(tmp_path):
     for slow in ({"node_1": "20mbit"}, {"gpu_3": "20mbit"}):
         done = _run(*shape, *_links(tmp_path, **slow), command=(sys.executable, "-c", TALK))
         assert done.returncode == 0, done.stdout + done.stderr
-        assert float(done.stdout.split("measured ")[1].split()[0]) >= 0.85 * 1_000_000 * 8 / 20e6
+        assert float(done.stdout.split("measured ")[1].split()[0]) >= 0.75 * TOTAL * 8 / 20e6
 
 
 @needs_root
