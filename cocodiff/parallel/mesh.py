@@ -12,8 +12,9 @@ group carries metadata on the CPU.
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -134,29 +135,50 @@ class Mesh:
         Raises:
             ConfigError: on all ranks, where the placement is not one of these degrees on this cluster.
         """
-        me, world = host_group.rank(), host_group.size()
-        assert cluster.num_ranks == world == degrees.cfg * degrees.ring * degrees.ulysses, (cluster, world, degrees)
-        made: dict[tuple[int, ...], dist.ProcessGroup] = {}
         timeout = Waits.read(os.environ).collective  # the guard notices failures; a slow rank may be waited for
 
+        def new_group(name: str, ranks: tuple[int, ...]) -> dist.ProcessGroup:
+            return dist.new_group(list(ranks), backend=backend, timeout=timeout)
+
+        mesh = cls.arrange(cluster, degrees, backend, host_group, placement, new_group)
+        dist.barrier(group=host_group)  # who frees groups while another still connects to them breaks that one
+        return mesh
+
+    @classmethod
+    def arrange(
+        cls,
+        cluster: Cluster,
+        degrees: Degrees,
+        backend: str,
+        host_group: dist.ProcessGroup,
+        placement: Placement | None,
+        new_group: Callable[[str, tuple[int, ...]], dist.ProcessGroup],
+    ) -> Mesh:
+        """Arrange the ranks, with groups from `new_group`, which is asked for all of them, of other ranks, too.
+
+        Args:
+            new_group: is given the name of the axis, or "level 1", and the ranks in the order of the axis.
+
+        Raises:
+            ConfigError: the placement is not one of these degrees on this cluster.
+        """
+        me, world = host_group.rank(), host_group.size()
+        assert cluster.num_ranks == world == math.prod(degrees.counts), (cluster, world, degrees)
+        made: dict[tuple[int, ...], dist.ProcessGroup] = {}
         if placement is not None:
             placement.check(cluster.sizes, degrees.counts)
         placed = placement or default_placement(cluster.sizes, degrees.counts)
         slots = None if placed is None else placed.slots
         groups, sizes = axis_groups(degrees.counts, placed), spread_sizes(cluster.sizes, degrees.counts, placed)
 
-        def group(ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
-            if len(ranks) > 1 and ranks not in made:  # ranks in another order take a group of their own
-                made[ranks] = dist.new_group(list(ranks), backend=backend, timeout=timeout)
-            return made.get(ranks)
-
         def axis(name: str) -> Axis:
             mine = None
             for ranks in groups[name]:
-                one = group(ranks)
+                if len(ranks) > 1 and ranks not in made:  # the same ranks in another order take a group of their own
+                    made[ranks] = new_group(name, ranks)
                 if me in ranks:
                     numbers = None if slots is None else _numbers([slots[rank] for rank in ranks])
-                    mine = Axis(ranks, ranks.index(me), cluster.with_sizes(sizes[name]), one, numbers)
+                    mine = Axis(ranks, ranks.index(me), cluster.with_sizes(sizes[name]), made.get(ranks), numbers)
             assert mine is not None
             return mine
 
@@ -169,10 +191,9 @@ class Mesh:
             for along in groups["ulysses"]:
                 for members in level_groups(sizes["ulysses"], level):
                     ranks = tuple(along[member] for member in members)
-                    one = dist.new_group(list(ranks), backend=backend, timeout=timeout)  # another lane's: never shared
+                    one = new_group(f"level {level}", ranks)  # another lane's: never shared
                     if me in ranks:
                         levels[level] = Axis(ranks, ranks.index(me), within, one)
-        dist.barrier(group=host_group)  # who frees groups while another still connects to them breaks that one
         return cls(
             degrees, cluster, **axes, level_groups=levels, host_group=host_group, backend=backend, placement=placement
         )

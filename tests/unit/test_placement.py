@@ -5,7 +5,6 @@ import math
 from types import SimpleNamespace
 
 import pytest
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -126,12 +125,9 @@ def cluster(*sizes):
 
 
 def create(rank, sizes, degrees, placement=None):
-    """The mesh of one rank; a group is the list that torch.distributed was given."""
+    """The mesh of one rank; a group is a list of its ranks, in the order in which they were given."""
     host = SimpleNamespace(rank=lambda: rank, size=lambda: math.prod(sizes))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dist, "new_group", lambda ranks, **given: ranks)
-        patch.setattr(dist, "barrier", lambda group: None)
-        return Mesh.create(cluster(*sizes), Degrees(*degrees), "gloo", host, placement)
+    return Mesh.arrange(cluster(*sizes), Degrees(*degrees), "gloo", host, placement, lambda name, ranks: list(ranks))
 
 
 AXES = ("everyone", "sequence", "ulysses", "ring", "cfg")
