@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from cocodiff.bench.methods import Method, compute_method, make_method, our_method
@@ -35,6 +34,7 @@ from cocodiff.layer import LayerInFlight
 from cocodiff.models.joint import ParallelLayer
 from cocodiff.models.shapes import Shape
 from cocodiff.observe.bytes import ByteCounter
+from cocodiff.parallel.mesh import Axis
 from cocodiff.state import ForwardState
 
 
@@ -88,13 +88,9 @@ def all_keys_first() -> AbstractContextManager[None]:
     return replaced((LayerInFlight, "_keys", lambda in_flight: iter(list(keys(in_flight)))))
 
 
-def gloo_all_to_all(
-    group: dist.ProcessGroup | None, sizes: tuple[int, ...], lane: Lane, counter: ByteCounter
-) -> Transport:
+def gloo_all_to_all(axis: Axis, lane: Lane, counter: ByteCounter) -> Transport:
     """Make a transport that uses gloo's own all-to-all."""
-    if group is None:
-        return make_transport(group, sizes, lane, counter)
-    return CollectiveTransport(group, sizes, lane, counter)
+    return (make_transport if axis.group is None else CollectiveTransport)(axis, lane, counter)
 
 
 def ulysses_variants(make: Callable[..., Method]) -> dict[str, Variant]:

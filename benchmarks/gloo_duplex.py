@@ -18,6 +18,8 @@ import torch.distributed as dist
 from cocodiff.exchange.lanes import make_lane
 from cocodiff.exchange.transport import CollectiveTransport, PointToPointTransport
 from cocodiff.observe.bytes import ByteCounter
+from cocodiff.parallel.mesh import Axis
+from cocodiff.topology import Cluster, Level
 
 
 def main(sizes_bytes: Sequence[int] = (2_000_000, 8_000_000), repeats: int = 10) -> None:
@@ -34,9 +36,11 @@ def main(sizes_bytes: Sequence[int] = (2_000_000, 8_000_000), repeats: int = 10)
     if rank == 0:
         print("| a rank sends | way | Mbit/s of a node's link in one direction, sorted |\n|---|---|---|")
     pair, lane = pairs[rank % half], make_lane("link", torch.device("cpu"))
+    link = Cluster("pair", (Level("link", 2, 1.0, 1.0),))
+    axis = Axis((rank % half, rank % half + half), pair.rank(), link, pair)
     ways = {
-        "gloo's all_to_all": CollectiveTransport(pair, (2,), lane, ByteCounter()),
-        "receives first": PointToPointTransport(pair, (2,), lane, ByteCounter()),
+        "gloo's all_to_all": CollectiveTransport(axis, lane, ByteCounter()),
+        "receives first": PointToPointTransport(axis, lane, ByteCounter()),
     }
     for size in sizes_bytes:
         rates: dict[str, list[float]] = {}

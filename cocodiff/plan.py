@@ -6,11 +6,12 @@ Both follow from what all ranks know alike: settings, sizes and the cluster's fi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from cocodiff.config import Selective
-from cocodiff.parallel.layout import axis_sizes, outermost, split_sizes
+from cocodiff.parallel.layout import outermost, split_sizes
 from cocodiff.parallel.mesh import Degrees, Mesh
+from cocodiff.parallel.placement import Placement, spread_sizes
 from cocodiff.topology import Cluster
 
 MAX_PIECES = 4
@@ -54,6 +55,8 @@ class RunPlan:
         coded_from: the innermost level where transmission is selective; None where these ranks cross none.
         coded_always: the user named the level, or the cluster calls it slow: all is coded there, whatever the figures
             say. Else a layer is coded where that gains time.
+        placement: which rank of the mesh is where in the cluster; None for the mesh's own order. `coded_from` is that
+            of the sequence as it is placed.
     """
 
     degrees: Degrees
@@ -63,6 +66,7 @@ class RunPlan:
     selective: Selective | None = None
     coded_from: int | None = None
     coded_always: bool = False
+    placement: Placement | None = None
 
     def kv_only(self, mesh: Mesh) -> bool:
         """Whether keys and values are all that crosses the levels where transmission is selective."""
@@ -123,11 +127,15 @@ def plan_layer(
         width: heads x head_dim, elements of `itemsize` bytes.
         coded_share: of an exact exchange's bytes, what coding sends over slow links; None where nothing can be coded.
     """
-    costs = layer_costs(cluster, plan.degrees, plan.exchange, device_type, width, itemsize, seq_lens)
+    of_share = partial(
+        layer_costs, cluster, plan.degrees, plan.exchange, device_type, width, itemsize, seq_lens,
+        placement=plan.placement,
+    )  # fmt: skip
+    costs = of_share()
     coded = coded_share is not None and (plan.coded_always or costs.worth_coding)
     if coded:
         assert coded_share is not None
-        costs = layer_costs(cluster, plan.degrees, plan.exchange, device_type, width, itemsize, seq_lens, coded_share)
+        costs = of_share(share=coded_share)
     fewest = min(seq_lens)
     pieces = _pieces(costs, fewest, device_type) if plan.pieces is None else max(1, min(plan.pieces, fewest))
     return LayerPlan(costs.exchange if plan.degrees.ulysses > 1 else "flat", pieces, coded)
@@ -142,6 +150,7 @@ def layer_costs(
     itemsize: int,
     seq_lens: tuple[int, ...] | None = None,
     share: float = 1.0,
+    placement: Placement | None = None,
 ) -> LayerCosts:
     """Model one layer.
 
@@ -152,14 +161,15 @@ def layer_costs(
     """
     seq_lens = seq_lens or split_sizes(NOMINAL_TOKENS, degrees.ring * degrees.ulysses)
     rows = sum(seq_lens) / len(seq_lens)
-    ulysses = cluster.with_sizes(axis_sizes(cluster.sizes, 1, degrees.ulysses))
+    sizes = spread_sizes(cluster.sizes, degrees.counts, placement)
+    ulysses = cluster.with_sizes(sizes["ulysses"])
     flops = rows * width * (24 * width + 4 * sum(seq_lens))  # projections and an MLP four times as wide; attention
     compute = flops / (ASSUMED_TFLOPS.get(device_type, 100.0) * 1e12)
     tensor_bytes = rows * width * itemsize * share
     seconds = {name: ulysses.seconds(name, tensor_bytes) for name in ("flat", "staged")}
     if exchange == "auto":
         exchange = "staged" if seconds["staged"] < seconds["flat"] else "flat"
-    link = cluster.levels[outermost(axis_sizes(cluster.sizes, degrees.ulysses, degrees.ring))]
+    link = cluster.levels[outermost(sizes["ring"])]
     ring = (degrees.ring - 1) * (link.latency_us * 1e-6 + tensor_bytes / (link.bandwidth_gbs * 1e9))
     exchanges, latency = max((4 * seconds[exchange], ulysses.seconds(exchange, 0)), (2 * ring, link.latency_us * 1e-6))
     return LayerCosts(compute, exchange, seconds[exchange], ring, latency, exchanges)

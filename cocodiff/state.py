@@ -28,6 +28,7 @@ from cocodiff.observe.bytes import ByteCounter
 from cocodiff.observe.timeline import COMPUTE, Timeline
 from cocodiff.parallel.layout import Layout, split_sizes
 from cocodiff.parallel.mesh import Degrees, Mesh
+from cocodiff.parallel.placement import Placement
 from cocodiff.parallel.tokens import Tokens
 from cocodiff.plan import LayerPlan, ModelFacts, RunPlan, plan_layer
 from cocodiff.selective.run import SelectiveCall, StepCoding
@@ -67,7 +68,7 @@ class Session:
         self._plan_run, self._transport = plan_run, transport
         self._lanes: dict[int | str, Lane] = {}
         self._plans: dict[ModelFacts, RunPlan] = {}
-        self._meshes: OrderedDict[Degrees, ConnectedMesh] = OrderedDict()
+        self._meshes: OrderedDict[tuple[Degrees, Placement | None], ConnectedMesh] = OrderedDict()
         self._settled: dict[int | str, int] = {}
         self._warned: set[str] = set()
         self.busy = threading.Lock()
@@ -92,10 +93,10 @@ class Session:
 
     def connect(self, plan: RunPlan) -> ConnectedMesh:
         """The mesh of a plan, with its groups. Collective over all ranks when it is made."""
-        key = plan.degrees
+        key = plan.degrees, plan.placement
         if key not in self._meshes:
             assert self.job.host_group is not None
-            mesh = Mesh.create(self.cluster, plan.degrees, self.job.backend, self.job.host_group)
+            mesh = Mesh.create(self.cluster, plan.degrees, self.job.backend, self.job.host_group, plan.placement)
             self._meshes[key] = ConnectedMesh.connect(mesh, self.lane, self.bytes, self._transport)
             if len(self._meshes) > MAX_MESHES:
                 self._meshes.popitem(last=False)[1].mesh.close(together=True)
@@ -158,7 +159,7 @@ class Session:
             lane.timeline = timeline
 
 
-def _end(meshes: Mapping[Degrees, ConnectedMesh], lanes: Mapping[int | str, Lane]) -> None:
+def _end(meshes: Mapping[tuple[Degrees, Placement | None], ConnectedMesh], lanes: Mapping[int | str, Lane]) -> None:
     with ExitStack() as stack:  # last in, first out
         for connected in meshes.values():
             stack.callback(connected.mesh.close)

@@ -7,8 +7,8 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 PREFIX = "cocodiff"
@@ -21,11 +21,15 @@ class ClusterError(Exception):
 
 @dataclass(frozen=True)
 class Step:
-    """One level of the tree, from the outside in: how many parts, and the link of each part to what joins them."""
+    """One level of the tree, from the outside in: how many parts each part outside has, and the rate of their links.
+
+    `own` has the rates of links that differ, by the number of the part among all of its level, from 0 in rank order.
+    """
 
     name: str
     count: int
     bits: float
+    own: Mapping[int, float] = field(default_factory=dict)
 
 
 def run(*command: str) -> None:
@@ -99,16 +103,20 @@ def network(steps: list[Step], latency_us: float) -> Iterator[list[str]]:
             limit(name, end, bits)
         run("ip", "-n", outer, "link", "set", port, "master", "br0")
 
-    def build(outer: str, remaining: list[Step], hosts: list[str]) -> None:
-        for index in range(remaining[0].count):
+    def build(outer: str, remaining: list[Step], hosts: list[str], around: int = 0) -> None:
+        """Fill the part of the level outside that has the number `around`."""
+        step = remaining[0]
+        for index in range(step.count):
+            number = around * step.count + index
+            bits = step.own.get(number, step.bits)
             if len(remaining) > 1:
                 inner = bridge()
-                join(outer, f"port{index}", inner, "uplink", remaining[0].bits)
+                join(outer, f"port{index}", inner, "uplink", bits)
                 run("ip", "-n", inner, "link", "set", "uplink", "master", "br0")
-                build(inner, remaining[1:], hosts)
+                build(inner, remaining[1:], hosts, number)
             else:
                 host = namespace("host")
-                join(outer, f"port{index}", host, "eth0", remaining[0].bits)
+                join(outer, f"port{index}", host, "eth0", bits)
                 run("ip", "-n", host, "address", "add", f"10.77.0.{len(hosts) + 1}/24", "dev", "eth0")
                 run("ip", "-n", host, "route", "add", "default", "dev", "eth0")  # how a program finds its own address
                 hosts.append(host)

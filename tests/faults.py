@@ -8,6 +8,7 @@ from tests.faults_trust import TRUST
 
 UNIT, DISTRIBUTED = "tests/unit", "tests/distributed"
 LAYOUT, MESH = f"{UNIT}/test_layout.py", f"{UNIT}/test_mesh.py"
+PLACEMENT, TRANSPORT = f"{UNIT}/test_placement.py", f"{UNIT}/test_transport.py"
 EXCHANGE = f"{DISTRIBUTED}/test_exchange.py::test_exchanges_deliver_exactly"
 FLUX = f"{DISTRIBUTED}/test_pipeline.py::test_every_pipeline_draws_what_one_rank_draws"
 FAMILIES = f"{DISTRIBUTED}/test_families.py::test_every_family_draws_what_one_rank_draws"
@@ -50,6 +51,26 @@ PARALLEL = (
         "an axis that begins at rank 0's neighbour", "cocodiff/parallel/layout.py",
         "// max(stride, inner)))", "// inner))", (MESH,),
     ),
+    Fault(
+        "a placed axis counts the digits of all levels alike", "cocodiff/parallel/placement.py",
+        "places[axis] += part * strides[axis]", "places[axis] += part", (PLACEMENT,),
+    ),
+    Fault(
+        "links of a placed sequence are counted by its places", "cocodiff/parallel/mesh.py",
+        "numbers = None if slots is None else", "numbers = None if True else", (PLACEMENT,),
+    ),
+    Fault(
+        "axes of the same ranks share a group in any order", "cocodiff/parallel/placement.py",
+        "return {name: sorted(several, key=min)", "return {name: sorted(map(tuple, map(sorted, several)), key=min)",
+        (PLACEMENT,),
+    ),
+    Fault(
+        "links of emulated parts are numbered within the part around", "scripts/emulated_network.py",
+        "number = around * step.count + index", "number = index",
+        (f"{DISTRIBUTED}/test_emulated_cluster.py::test_one_cable_of_an_outer_level_is_as_slow_as_it_says",),
+    ),
+    Fault("a mesh is kept for all placements", "cocodiff/state.py",
+        "key = plan.degrees, plan.placement", "key = plan.degrees, None", (PLACEMENT,)),
 )  # fmt: skip
 
 KERNELS = (
@@ -80,7 +101,7 @@ KERNELS = (
 
 EXCHANGES = (
     Fault(
-        "a rank's own block is not kept", "cocodiff/exchange/transport.py",
+        "a rank's own block is not kept", "cocodiff/exchange/messages.py",
         "incoming[rank].copy_(outgoing[rank])", "incoming[rank].zero_()", (f"{EXCHANGE}[2]",),
     ),
     Fault(
@@ -112,7 +133,13 @@ EXCHANGES = (
         "torch.cuda.nccl.version()[:2] < (2, 26)", "torch.cuda.nccl.version()[:2] < (2, 2)",
         (f"{UNIT}/test_lanes.py",)),
     Fault("coded parts that are equal here count as equal everywhere", "cocodiff/exchange/transport.py",
-        "equal = exact_bytes is None and send_splits[0] > 0 and", "equal =", (f"{UNIT}/test_transport.py",)),
+        "equal = exact_bytes is None and send_splits[0] > 0 and", "equal =", (TRANSPORT,)),
+    Fault("messages go to the ranks of the group by place", "cocodiff/exchange/messages.py",
+        "group.send([outgoing[r]], members[r],", "group.send([outgoing[r]], r,", (TRANSPORT,)),
+    Fault("what is gathered stays in the order of the group", "cocodiff/exchange/transport.py",
+        "return everyone if self.in_order else", "return everyone if True else", (TRANSPORT,)),
+    Fault("parts arrive in the order of the group", "cocodiff/exchange/transport.py",
+        "recv.copy_(_reordered(arrived, arriving, self.members))", "recv.copy_(arrived)", (TRANSPORT,)),
     Fault("what a backend delivers is not looked at", "cocodiff/exchange/delivery.py",
         "if not right]", "if right is None]",
         (f"{DISTRIBUTED}/test_exchange.py::test_transports_of_accelerators_deliver_and_wrong_data_is_an_error_on_every_rank",)),

@@ -18,7 +18,7 @@ from cocodiff.bench.models import build_inputs
 from cocodiff.config import Config, Selective
 from cocodiff.errors import ConfigError
 from cocodiff.exchange.connected import TransportMaker
-from cocodiff.exchange.transport import make_local_transport, make_transport
+from cocodiff.exchange.transport import LocalTransport, make_transport
 from cocodiff.launch.job import Job
 from cocodiff.models import family_named
 from cocodiff.models.shapes import Shape
@@ -189,7 +189,7 @@ def _one_accelerator() -> Iterator[None]:
 def compute_method(model: Any, shape: Shape, job: Job, cluster: str, guided: bool = False) -> Method:
     """What all ranks compute together when exchanges cost a copy: `ulysses` with nothing sent."""
     config = Config(exchange="flat", schedule="sequential", cluster=cluster, ulysses_degree=job.world_size)
-    return our_method("compute", config, model, shape, job, guided, make_local_transport)
+    return our_method("compute", config, model, shape, job, guided, LocalTransport)
 
 
 def synchronize(job: Job) -> None:

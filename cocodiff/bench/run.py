@@ -185,14 +185,15 @@ def _result(
             methods[name] = {"description": DESCRIPTIONS[name.split()[0]], "error": record.error}
             continue
         median = statistics.median(record.seconds)
+        plan = None if record.method is None or record.method.forward is None else record.method.forward.plan()
+        if plan is not None and plan.placement is not None and plan.placement.order is not None:
+            sent = [sent[rank] for rank in plan.placement.order]  # by slot, as links are shared
         each = [] if None in sent else [busiest_links(list(counts), sizes) for counts in zip(*sent, strict=True)]
         links = [sum(level) // len(each) for level in zip(*each, strict=True)] if each else None
         limit = _limit(compute, each, rates)
         methods[name] = {
             "description": DESCRIPTIONS[name.split()[0]],
-            "mesh": None
-            if record.method is None or record.method.forward is None
-            else str(record.method.forward.plan().degrees),
+            "mesh": None if plan is None else str(plan.degrees),
             "seconds_per_step": {
                 "median": median,
                 "min": min(record.seconds),

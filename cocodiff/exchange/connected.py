@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch.distributed as dist
-
 from cocodiff.exchange.delivery import check_delivery
 from cocodiff.exchange.flat import FlatExchange
 from cocodiff.exchange.lanes import Lane
@@ -17,7 +15,7 @@ from cocodiff.exchange.ulysses import Exchange
 from cocodiff.observe.bytes import ByteCounter
 from cocodiff.parallel.mesh import Axis, Mesh
 
-TransportMaker = Callable[[dist.ProcessGroup | None, tuple[int, ...], Lane, ByteCounter], Transport]
+TransportMaker = Callable[[Axis, Lane, ByteCounter], Transport]
 
 
 @dataclass(frozen=True)
@@ -55,14 +53,10 @@ class ConnectedMesh:
 
         def of(axis: Axis) -> Transport:
             if axis.ranks not in made:
-                made[axis.ranks] = make(axis.group, axis.cluster.sizes, lane(axis.level), counter)
+                made[axis.ranks] = make(axis, lane(axis.level), counter)
             return made[axis.ranks]
 
-        sizes = mesh.ulysses.cluster.sizes
-        levels = {
-            level: make(group, tuple(size if at == level else 1 for at, size in enumerate(sizes)), lane(level), counter)
-            for level, group in mesh.level_groups.items()
-        }
+        levels = {level: make(axis, lane(level), counter) for level, axis in mesh.level_groups.items()}
         axes = {name: of(getattr(mesh, name)) for name in ("everyone", "sequence", "ulysses", "ring", "cfg")}
         unchecked: dict[str, Transport] = {}
         for name, one in (axes | {f"level {mesh.cluster.levels[at].name}": one for at, one in levels.items()}).items():
@@ -72,6 +66,6 @@ class ConnectedMesh:
             check_delivery(unchecked, mesh.host_group)
         exchanges: dict[str, Exchange] = {"flat": FlatExchange(axes["ulysses"])}
         if levels:
-            exchanges["staged"] = StagedExchange(sizes, mesh.ulysses.rank, levels)
+            exchanges["staged"] = StagedExchange(mesh.ulysses.cluster.sizes, mesh.ulysses.rank, levels)
         around = Ring(axes["ring"]) if mesh.ring.size > 1 else None
         return cls(mesh, **axes, levels=levels, exchanges=exchanges, around=around)

@@ -7,7 +7,7 @@ bytes that it sends, by level of the cluster, and numbers its messages, so that 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,24 +15,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cocodiff.exchange.lanes import Lane, Ticket, Work
+from cocodiff.exchange.messages import Messages, Prepare
 from cocodiff.observe.bytes import ByteCounter
-from cocodiff.parallel.layout import outer_difference
-
-Prepare = Callable[[Tensor], Tensor]
+from cocodiff.parallel.mesh import Axis
 
 
 class Transport(ABC):
-    """Moves elements among the ranks of one group.
+    """Moves elements among the ranks of one axis, which it names by their places on the axis.
 
     Args:
-        rank: this rank's place in the group, which has `size` ranks.
-        sizes: ranks of the group per level of the cluster, innermost first.
-        lane: of the slowest link that the group crosses; no other lane uses this group.
+        lane: of the slowest link that the axis crosses; no other lane uses its group.
+
+    Attributes:
+        rank: this rank's place on the axis, which has `size` ranks.
+        sizes: ranks of the axis per level of the cluster, innermost first.
     """
 
-    def __init__(self, rank: int, size: int, sizes: tuple[int, ...], lane: Lane, counter: ByteCounter) -> None:
-        self.rank, self.size, self.sizes, self.lane, self._counter = rank, size, sizes, lane, counter
-        self._levels = [None if peer == rank else outer_difference(rank, peer, sizes) for peer in range(size)]
+    def __init__(self, axis: Axis, lane: Lane, counter: ByteCounter) -> None:
+        self.axis, self.lane, self._counter = axis, lane, counter
+        self.rank, self.size, self.sizes = axis.rank, axis.size, axis.cluster.sizes
 
     def all_to_all(
         self,
@@ -90,9 +91,9 @@ class Transport(ABC):
 
     def all_gather(self, x: Tensor, label: str) -> Ticket:
         """Gather a tensor of the same shape on all ranks; the ticket gives `(size, *shape)`."""
-        # As a ring does it (gloo's and NCCL's): all shards but one go to the next rank. No algorithm sends less.
-        sent = [0] * self.size
-        sent[(self.rank + 1) % self.size] = (self.size - 1) * x.numel() * x.itemsize
+        # As a ring does it (gloo's and NCCL's): all shards but one go to the next rank of the group. None sends less.
+        sent, members = [0] * self.size, self.axis.members
+        sent[members.index((members[self.rank] + 1) % self.size)] = (self.size - 1) * x.numel() * x.itemsize
         self._count(label, sent, sent)
         return self.lane.submit(self._all_gather, x, label)
 
@@ -115,7 +116,7 @@ class Transport(ABC):
 
     def _count(self, label: str, sent: Sequence[int], exact: Sequence[int]) -> None:
         by_level, exact_by_level = [0] * len(self.sizes), [0] * len(self.sizes)
-        for level, count, whole in zip(self._levels, sent, exact, strict=True):
+        for level, count, whole in zip(self.axis.levels, sent, exact, strict=True):
             if level is not None:
                 by_level[level] += count
                 exact_by_level[level] += whole
@@ -123,17 +124,27 @@ class Transport(ABC):
 
 
 class GroupTransport(Transport):
-    """What the transports over a process group share. `group`: the ranks, in the order of the axis."""
+    """What the transports over a process group share.
 
-    def __init__(self, group: dist.ProcessGroup, sizes: tuple[int, ...], lane: Lane, counter: ByteCounter) -> None:
-        super().__init__(group.rank(), group.size(), sizes, lane, counter)
-        self.group = group
+    Attributes:
+        group: the ranks as torch.distributed has sorted them.
+        members: place on the axis -> rank in the group; `places`: the reverse.
+        in_order: both are the same.
+    """
+
+    def __init__(self, axis: Axis, lane: Lane, counter: ByteCounter) -> None:
+        super().__init__(axis, lane, counter)
+        assert axis.group is not None
+        self.group, self.members = axis.group, axis.members
+        self.places = tuple(sorted(range(self.size), key=self.members.__getitem__))
+        self.in_order = self.members == tuple(range(self.size))
 
     def _all_gather(self, send: Tensor) -> Tensor:
         out = send.new_empty(self.size * send.numel())
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
         gather(out, send.flatten(), group=self.group)
-        return out.view(self.size, *send.shape)
+        everyone = out.view(self.size, *send.shape)
+        return everyone if self.in_order else torch.stack([everyone[member] for member in self.members])
 
 
 class PointToPointTransport(GroupTransport):
@@ -152,45 +163,7 @@ class PointToPointTransport(GroupTransport):
         self, send_splits: list[int], recv_splits: list[int], equal: bool, out: Tensor | None, prepare: Prepare | None
     ) -> Work:
         self._messages += 1
-        return _Messages(self.group, self._messages % 2**30, send_splits, recv_splits, out, prepare)
-
-
-class _Messages:
-    """Work for a lane: `begin` posts the messages as soon as the buffer exists, the call waits for them."""
-
-    def __init__(
-        self,
-        group: dist.ProcessGroup,
-        tag: int,
-        send_splits: list[int],
-        recv_splits: list[int],
-        out: Tensor | None,
-        prepare: Prepare | None,
-    ) -> None:
-        self._group, self._tag, self._send_splits, self._recv_splits = group, tag, send_splits, recv_splits
-        self._out, self._prepare = out, prepare
-        self._begun: tuple[Tensor, Tensor, list[dist.Work]] | None = None  # what is sent must live until it is
-
-    def begin(self, send: Tensor) -> None:
-        group, tag, rank, size = self._group, self._tag, self._group.rank(), self._group.size()
-        send = send if self._prepare is None else self._prepare(send)
-        recv = send.new_empty(sum(self._recv_splits)) if self._out is None else self._out
-        incoming, outgoing = recv.split(self._recv_splits), send.split(self._send_splits)
-        others = [(rank + distance) % size for distance in range(1, size)]
-        # The group's own methods: dist.isend and irecv around them cost as much again, for every message.
-        pending = [group.recv([incoming[r]], r, tag) for r in reversed(others) if self._recv_splits[r]]
-        pending += [group.send([outgoing[r]], r, tag) for r in others if self._send_splits[r]]
-        incoming[rank].copy_(outgoing[rank])
-        self._begun = recv, send, pending
-
-    def __call__(self, send: Tensor) -> Tensor:
-        if self._begun is None:
-            self.begin(send)
-        assert self._begun is not None
-        recv, _, pending = self._begun
-        for work in pending:
-            work.wait()
-        return recv
+        return Messages(self.axis, self._messages % 2**30, send_splits, recv_splits, out, prepare)
 
 
 class CollectiveTransport(GroupTransport):
@@ -202,19 +175,28 @@ class CollectiveTransport(GroupTransport):
         def work(send: Tensor) -> Tensor:
             send = send if prepare is None else prepare(send)
             recv = send.new_empty(sum(recv_splits)) if out is None else out
-            if equal:  # no splits: an operation of its own in oneCCL, whose other one has been wrong (oneCCL#190)
-                dist.all_to_all_single(recv, send, group=self.group)
-            else:
-                self._uneven(recv, send, recv_splits, send_splits)
-            return recv
+            if self.in_order:
+                self._single(recv, send, recv_splits, send_splits, equal)
+                return recv
+            arriving, leaving = ([splits[place] for place in self.places] for splits in (recv_splits, send_splits))
+            arrived = torch.empty_like(recv)
+            self._single(arrived, _reordered(send, send_splits, self.places), arriving, leaving, equal)
+            return recv.copy_(_reordered(arrived, arriving, self.members))
 
         return work
+
+    def _single(self, recv: Tensor, send: Tensor, recv_splits: list[int], send_splits: list[int], equal: bool) -> None:
+        """One collective, whose parts are in the order of the group."""
+        if equal:  # no splits: an operation of its own in oneCCL, whose other one has been wrong (oneCCL#190)
+            dist.all_to_all_single(recv, send, group=self.group)
+        else:
+            self._uneven(recv, send, recv_splits, send_splits)
 
     def _uneven(self, recv: Tensor, send: Tensor, recv_splits: list[int], send_splits: list[int]) -> None:
         dist.all_to_all_single(recv, send, recv_splits, send_splits, group=self.group)
 
     def _pass_on(self, send_count: int, recv_count: int, prepare: Prepare | None) -> Work:
-        ahead, behind = (self.rank + 1) % self.size, (self.rank - 1) % self.size
+        ahead, behind = (self.members[(self.rank + step) % self.size] for step in (1, -1))
 
         def work(send: Tensor) -> Tensor:
             send = send if prepare is None else prepare(send)
@@ -266,6 +248,12 @@ class LocalTransport(Transport):
         return torch.stack([send] * self.size)
 
 
+def _reordered(buffer: Tensor, splits: list[int], order: Sequence[int]) -> Tensor:
+    """A copy of a buffer whose parts come in another order."""
+    parts = buffer.split(splits)
+    return torch.cat([parts[index] for index in order])
+
+
 def _stretched(x: Tensor, numel: int) -> Tensor:
     """A copy of a one-dimensional tensor, cut or repeated to `numel` elements."""
     if numel <= x.numel():
@@ -273,21 +261,11 @@ def _stretched(x: Tensor, numel: int) -> Tensor:
     return torch.cat([x] * (numel // x.numel()) + [x[: numel % x.numel()]])
 
 
-def make_transport(
-    group: dist.ProcessGroup | None, sizes: tuple[int, ...], lane: Lane, counter: ByteCounter
-) -> Transport:
-    """The transport for a group's backend; for one rank (None) one that sends nothing."""
-    if group is None:
-        return make_local_transport(group, sizes, lane, counter)
-    if dist.get_backend(group) == "gloo":
-        return PointToPointTransport(group, sizes, lane, counter)
+def make_transport(axis: Axis, lane: Lane, counter: ByteCounter) -> Transport:
+    """The transport for the backend of an axis' group; for one rank one that sends nothing."""
+    if axis.group is None:
+        return LocalTransport(axis, lane, counter)
+    if dist.get_backend(axis.group) == "gloo":
+        return PointToPointTransport(axis, lane, counter)
     kind = XcclTransport if lane.device.type == "xpu" else CollectiveTransport
-    return kind(group, sizes, lane, counter)
-
-
-def make_local_transport(
-    group: dist.ProcessGroup | None, sizes: tuple[int, ...], lane: Lane, counter: ByteCounter
-) -> Transport:
-    """In place of `make_transport`: nothing is sent."""
-    rank, size = (0, 1) if group is None else (group.rank(), group.size())
-    return LocalTransport(rank, size, sizes, lane, counter)
+    return kind(axis, lane, counter)

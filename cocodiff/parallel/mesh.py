@@ -2,8 +2,9 @@
 
     rank = (cfg_rank * ring_degree + ring_rank) * ulysses_degree + ulysses_rank
 
-Ulysses is innermost: its ranks are neighbours, on the fastest links. Ring is outside it, cfg outermost. The ranks of
-one cfg half together hold one sequence (`sequence`: ring x ulysses).
+unless a placement says otherwise (`cocodiff.parallel.placement`). So ulysses is innermost: its ranks are neighbours, on
+the fastest links. Ring is outside it, cfg outermost. The ranks of one cfg half together hold one sequence (`sequence`:
+ring x ulysses, place ring_rank * ulysses_degree + ulysses_rank).
 
 Each group is used by one lane alone, so that collectives of different lanes never queue behind each other; the host
 group carries metadata on the CPU.
@@ -11,15 +12,18 @@ group carries metadata on the CPU.
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch.distributed as dist
 
 from cocodiff.launch.job import is_alive
 from cocodiff.launch.waits import Waits
-from cocodiff.parallel.layout import axis_sizes, level_groups, outermost
+from cocodiff.parallel.layout import level_groups, outer_difference, outermost
+from cocodiff.parallel.placement import Counts, Placement, axis_groups, default_placement, spread_sizes
 from cocodiff.topology import Cluster
 
 
@@ -31,6 +35,10 @@ class Degrees:
     ring: int
     ulysses: int
     reason: str = field(default="as given", compare=False)
+
+    @property
+    def counts(self) -> Counts:
+        return self.cfg, self.ring, self.ulysses
 
     def __str__(self) -> str:
         return f"cfg {self.cfg} x ring {self.ring} x ulysses {self.ulysses}"
@@ -45,12 +53,14 @@ class Axis:
         rank: this one's place among them.
         cluster: the levels, with the sizes that the axis has in them.
         group: of these ranks; None for one rank alone.
+        numbers: of each rank in a cluster of these sizes; None where they are the places on the axis.
     """
 
     ranks: tuple[int, ...]
     rank: int
     cluster: Cluster
     group: dist.ProcessGroup | None
+    numbers: tuple[int, ...] | None = None
 
     @property
     def size(self) -> int:
@@ -60,6 +70,23 @@ class Axis:
     def level(self) -> int:
         """The outermost level that the axis crosses."""
         return outermost(self.cluster.sizes)
+
+    @cached_property
+    def levels(self) -> tuple[int | None, ...]:
+        """The level whose link joins this rank to each one; None to itself."""
+        numbers, sizes = self.numbers or range(self.size), self.cluster.sizes
+        mine = numbers[self.rank]
+        return tuple(None if number == mine else outer_difference(mine, number, sizes) for number in numbers)
+
+    @cached_property
+    def members(self) -> tuple[int, ...]:
+        """Place on the axis -> rank in the group, where torch.distributed has sorted them.
+
+        From torch 2.13 on `new_group(sort_ranks=False)` leaves them in our order: once that is the oldest version that
+        we support, this goes.
+        """
+        ranks = {rank: member for member, rank in enumerate(sorted(self.ranks))}
+        return tuple(ranks[rank] for rank in self.ranks)
 
 
 @dataclass(frozen=True)
@@ -71,8 +98,10 @@ class Mesh:
         cfg, ring, ulysses: the axes.
         sequence: the ranks that hold one sequence, ring x ulysses.
         everyone: all ranks.
-        level_groups: level in which ulysses has more than one part -> the group that shares all other digits.
+        level_groups: level in which ulysses has more than one part -> those of its ranks that share all other digits,
+            in the order of that one.
         host_group: all ranks, gloo: JSON and random states.
+        placement: where it was placed otherwise than by default.
     """
 
     degrees: Degrees
@@ -82,59 +111,92 @@ class Mesh:
     ulysses: Axis
     sequence: Axis
     everyone: Axis
-    level_groups: Mapping[int, dist.ProcessGroup]
+    level_groups: Mapping[int, Axis]
     host_group: dist.ProcessGroup
     backend: str
+    placement: Placement | None = None
 
     def __str__(self) -> str:
         places = f"({self.cfg.rank}, {self.ring.rank}, {self.ulysses.rank})"
-        return f"{self.degrees}; rank {self.everyone.rank} is {places}"
+        placed = "" if self.placement is None else f" placed {self.placement}"
+        return f"{self.degrees}{placed}; rank {self.everyone.rank} is {places}"
 
     @classmethod
-    def create(cls, cluster: Cluster, degrees: Degrees, backend: str, host_group: dist.ProcessGroup) -> Mesh:
-        """Make every group, in the same order on all ranks. Collective over the default group."""
-        me, world = host_group.rank(), host_group.size()
-        assert cluster.num_ranks == world == degrees.cfg * degrees.ring * degrees.ulysses, (cluster, world, degrees)
-        made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+    def create(
+        cls,
+        cluster: Cluster,
+        degrees: Degrees,
+        backend: str,
+        host_group: dist.ProcessGroup,
+        placement: Placement | None = None,
+    ) -> Mesh:
+        """Make every group, in the same order on all ranks. Collective over the default group.
+
+        Raises:
+            ConfigError: on all ranks, where the placement is not one of these degrees on this cluster.
+        """
         timeout = Waits.read(os.environ).collective  # the guard notices failures; a slow rank may be waited for
 
-        def group(ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
-            if len(ranks) > 1 and ranks not in made:
-                made[ranks] = dist.new_group(list(ranks), backend=backend, timeout=timeout)
-            return made.get(ranks)
+        def new_group(name: str, ranks: tuple[int, ...]) -> dist.ProcessGroup:
+            return dist.new_group(list(ranks), backend=backend, timeout=timeout)
 
-        def axis(stride: int, size: int) -> Axis:
+        mesh = cls.arrange(cluster, degrees, backend, host_group, placement, new_group)
+        dist.barrier(group=host_group)  # who frees groups while another still connects to them breaks that one
+        return mesh
+
+    @classmethod
+    def arrange(
+        cls,
+        cluster: Cluster,
+        degrees: Degrees,
+        backend: str,
+        host_group: dist.ProcessGroup,
+        placement: Placement | None,
+        new_group: Callable[[str, tuple[int, ...]], dist.ProcessGroup],
+    ) -> Mesh:
+        """Arrange the ranks, with groups from `new_group`, which is asked for all of them, of other ranks, too.
+
+        Args:
+            new_group: is given the name of the axis, or "level 1", and the ranks in the order of the axis.
+
+        Raises:
+            ConfigError: the placement is not one of these degrees on this cluster.
+        """
+        me, world = host_group.rank(), host_group.size()
+        assert cluster.num_ranks == world == math.prod(degrees.counts), (cluster, world, degrees)
+        made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        if placement is not None:
+            placement.check(cluster.sizes, degrees.counts)
+        placed = placement or default_placement(cluster.sizes, degrees.counts)
+        slots = None if placed is None else placed.slots
+        groups, sizes = axis_groups(degrees.counts, placed), spread_sizes(cluster.sizes, degrees.counts, placed)
+
+        def axis(name: str) -> Axis:
             mine = None
-            for ranks in _along(world, stride, size):
-                one = group(ranks)
+            for ranks in groups[name]:
+                if len(ranks) > 1 and ranks not in made:  # the same ranks in another order take a group of their own
+                    made[ranks] = new_group(name, ranks)
                 if me in ranks:
-                    mine = Axis(
-                        ranks, ranks.index(me), cluster.with_sizes(axis_sizes(cluster.sizes, stride, size)), one
-                    )
+                    numbers = None if slots is None else _numbers([slots[rank] for rank in ranks])
+                    mine = Axis(ranks, ranks.index(me), cluster.with_sizes(sizes[name]), made.get(ranks), numbers)
             assert mine is not None
             return mine
 
-        sequence = degrees.ring * degrees.ulysses
-        axes = dict(
-            everyone=axis(1, world),
-            sequence=axis(1, sequence),
-            ulysses=axis(1, degrees.ulysses),
-            ring=axis(degrees.ulysses, degrees.ring),
-            cfg=axis(sequence, degrees.cfg),
-        )
-        levels: dict[int, dist.ProcessGroup] = {}
-        sizes = axes["ulysses"].cluster.sizes
-        for level, size in enumerate(sizes):
+        axes = {name: axis(name) for name in ("everyone", "sequence", "ulysses", "ring", "cfg")}
+        levels: dict[int, Axis] = {}
+        for level, size in enumerate(sizes["ulysses"]):
             if size == 1:
                 continue
-            for first in range(0, world, degrees.ulysses):
-                for members in level_groups(sizes, level):
-                    ranks = tuple(first + member for member in members)
-                    one = dist.new_group(list(ranks), backend=backend, timeout=timeout)  # another lane's: never shared
+            within = cluster.with_sizes(tuple(size if at == level else 1 for at in range(len(cluster.levels))))
+            for along in groups["ulysses"]:
+                for members in level_groups(sizes["ulysses"], level):
+                    ranks = tuple(along[member] for member in members)
+                    one = new_group(f"level {level}", ranks)  # another lane's: never shared
                     if me in ranks:
-                        levels[level] = one
-        dist.barrier(group=host_group)  # who frees groups while another still connects to them breaks that one
-        return cls(degrees, cluster, **axes, level_groups=levels, host_group=host_group, backend=backend)
+                        levels[level] = Axis(ranks, ranks.index(me), within, one)
+        return cls(
+            degrees, cluster, **axes, level_groups=levels, host_group=host_group, backend=backend, placement=placement
+        )
 
     def close(self, together: bool = False) -> None:
         """Free this mesh's own groups (not the host group).
@@ -148,13 +210,13 @@ class Mesh:
         if self.backend == "gloo" or (self.backend == "nccl" and together):
             axes = (self.everyone, self.sequence, self.ulysses, self.ring, self.cfg)
             mine = {axis.ranks: axis.group for axis in axes if axis.group is not None}
-            for group in (*mine.values(), *self.level_groups.values()):  # in one order on all ranks: nobody waits twice
+            levels = (axis.group for axis in self.level_groups.values() if axis.group is not None)
+            for group in (*mine.values(), *levels):  # in one order on all ranks: nobody waits twice
                 if is_alive(group):  # the script may have freed all groups before
                     dist.destroy_process_group(group)
 
 
-def _along(world: int, stride: int, size: int) -> Iterator[tuple[int, ...]]:
-    """Every group of an axis, by its lowest rank."""
-    for start in range(world):
-        if start // stride % size == 0:
-            yield tuple(range(start, start + stride * size, stride))
+def _numbers(slots: list[int]) -> tuple[int, ...] | None:
+    """Slots that differ in some digits -> their numbers in the sizes of these alone; None where those are 0, 1, ..."""
+    numbers = {slot: number for number, slot in enumerate(sorted(slots))}
+    return None if slots == sorted(slots) else tuple(numbers[slot] for slot in slots)

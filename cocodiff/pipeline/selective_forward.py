@@ -70,7 +70,7 @@ def _check_memory(layers: Sizes, state: ForwardState, batch: int, itemsize: int)
     streams = {name: sum(counts) for name, counts in state.tokens.streams.items()}
     needed = held_bytes(
         mesh.cluster, mesh.degrees, call.plan.coded_from, mesh.everyone.rank, streams, held, batch,
-        call.selective.branches,
+        call.selective.branches, mesh.placement,
     )  # fmt: skip
     device = call.session.device
     free = free_bytes(device)

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from cocodiff.parallel.layout import Layout, axis_sizes, outermost, split_sizes, to_heads_traffic, to_sequence_traffic
+from cocodiff.parallel.layout import Layout, outermost, split_sizes, to_heads_traffic, to_sequence_traffic
 from cocodiff.parallel.mesh import Degrees
+from cocodiff.parallel.placement import Placement, coordinates, spread_sizes
 from cocodiff.parallel.tokens import Tokens
 from cocodiff.selective.copies import COPY_BYTES, ENDS
 from cocodiff.selective.crossing import blocks_of, crossed
@@ -24,6 +25,7 @@ def held_bytes(
     layers: Sequence[tuple[int, int]],
     batch: int = 1,
     branches: int = 1,
+    placement: Placement | None = None,
 ) -> int:
     """Bytes of copies that one rank holds, as a sender and as a receiver, once every layer has exchanged.
 
@@ -33,6 +35,7 @@ def held_bytes(
         streams: tokens of each, in joint order.
         layers: heads and head_dim of each attention.
         branches: of guidance, each with its own copies, where they are calls of their own.
+        placement: of the mesh, if it has one.
 
     >>> from cocodiff.topology import Level
     >>> two = Cluster("two", (Level("gpu", 2, 100, 1), Level("node", 2, 1, 1)))
@@ -40,9 +43,10 @@ def held_bytes(
     8192
     """
     ring, inner = degrees.ring, degrees.ulysses
-    mine, place = rank // inner % ring, rank % inner
+    _, mine, place = coordinates(rank, degrees.counts, placement)
     seq_lens = Tokens.split(streams, ring * inner).joint
-    sizes, around = axis_sizes(cluster.sizes, 1, inner), axis_sizes(cluster.sizes, inner, ring)
+    spread = spread_sizes(cluster.sizes, degrees.counts, placement)
+    sizes, around = spread["ulysses"], spread["ring"]
     elements = 0
     for heads, head_dim in layers:
         shares = split_sizes(heads, inner)

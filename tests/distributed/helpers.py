@@ -34,12 +34,12 @@ def recorded_layer_plans() -> Iterator[list[tuple[Any, int]]]:
 def leave_out_exchange(pipe: Any, label: str) -> None:
     """Break a wrapped pipeline on purpose: of the flat exchange, what is sent under `label` stays where it is."""
     from cocodiff.exchange.flat import FlatExchange
-    from cocodiff.exchange.transport import make_local_transport
+    from cocodiff.exchange.transport import LocalTransport
 
     session = pipe.cocodiff.session
     connected = session.connect(pipe.cocodiff.plan)
     transport, flat = connected.ulysses, connected.exchanges["flat"]
-    local = FlatExchange(make_local_transport(transport.group, transport.sizes, transport.lane, session.bytes))
+    local = FlatExchange(LocalTransport(transport.axis, transport.lane, session.bytes))
     start = flat.start
     flat.start = lambda send, traffic, name, out=None: (local.start if name == label else start)(
         send, traffic, name, out

@@ -1,5 +1,7 @@
 """Exchanges on real ranks: element for element equal to slicing the whole, flat and staged, with poisoned buffers."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -78,11 +80,11 @@ def test_exchanges_deliver_exactly(ranks):
 def _local_copy_instead_of_exchange():
     """The negative control: a rank that copies its own block into every place must be noticed."""
     from cocodiff.exchange import to_heads
-    from cocodiff.exchange.transport import make_local_transport, make_transport
+    from cocodiff.exchange.transport import LocalTransport, make_transport
     from cocodiff.parallel.layout import Layout
 
     found = []
-    for transport in (make_transport, make_local_transport):
+    for transport in (make_transport, LocalTransport):
         _, connected = _session((2, 2), transport)
         rank, layout = connected.ulysses.rank, Layout((3, 3, 3, 3), (2, 2, 2, 2))
         torch.manual_seed(0)
@@ -134,9 +136,10 @@ def _as_on_accelerators():
                 recv.copy_(recv.roll(1))
 
     session, connected = _session((3,))
-    rank, host, group = dist.get_rank(), session.job.host_group, dist.new_group()
+    rank, host = dist.get_rank(), session.job.host_group
+    axis = dataclasses.replace(connected.mesh.ulysses, group=dist.new_group())
     xccl, nccl, broken = (
-        kind(group, (3,), session.lane(0), session.bytes) for kind in (XcclTransport, CollectiveTransport, Broken)
+        kind(axis, session.lane(0), session.bytes) for kind in (XcclTransport, CollectiveTransport, Broken)
     )
     check_delivery({"ours": connected.ulysses, "xccl": xccl, "nccl": nccl}, host)
     with pytest.raises(LaunchError) as caught:

@@ -10,7 +10,7 @@ from cocodiff.exchange import connected
 from cocodiff.exchange.connected import ConnectedMesh
 from cocodiff.exchange.lanes import ThreadLane
 from cocodiff.exchange.ring import Ring
-from cocodiff.exchange.transport import CollectiveTransport, XcclTransport, make_local_transport
+from cocodiff.exchange.transport import CollectiveTransport, LocalTransport, PointToPointTransport, XcclTransport
 from cocodiff.observe.bytes import ByteCounter
 from cocodiff.parallel import mesh
 from cocodiff.parallel.layout import Layout, digits, staged_plan, to_heads_traffic, to_sequence_traffic
@@ -49,9 +49,11 @@ def asked(monkeypatch):
     return log
 
 
-def transport(kind, lane, rank=0, size=4):
-    group = SimpleNamespace(rank=lambda: rank, size=lambda: size)
-    return kind(group, (size,), lane, ByteCounter())
+def transport(kind, lane, rank=0, size=4, ranks=None, group=None):
+    """Over an axis of so many ranks (or these, in this order); `rank` is the place of this one."""
+    size = len(ranks or range(size))
+    level = Cluster("test", (Level("link", size, 1.0, 1.0),))
+    return kind(Axis(ranks or tuple(range(size)), rank, level, group or SimpleNamespace()), lane, ByteCounter())
 
 
 def ask(one, send_splits, recv_splits, **more):
@@ -132,6 +134,80 @@ def test_a_gather_is_one_buffer(kind, lane, asked):
     assert asked == [("gather", (6,), (24,)), ("gather", (1,), (4,))]
 
 
+ORDERED = (5, 2, 7, 3)  # ranks along an axis, whose group has them as 2, 3, 5, 7
+
+
+class Delivering:
+    """In place of a gloo group, or of torch.distributed's all-to-all: part i goes to, and comes from, rank i of it."""
+
+    def __init__(self, monkeypatch):
+        self.sent, self.received = {}, {}
+        monkeypatch.setattr(dist, "all_to_all_single", self.all_to_all_single)
+
+    def all_to_all_single(self, recv, send, recv_splits=None, send_splits=None, group=None):
+        even = [len(send) // 4] * 4
+        self.sent = {at: part.tolist() for at, part in enumerate(send.split(send_splits or even))}
+        for at, part in enumerate(recv.split(recv_splits or even)):
+            part.fill_(100 + at)
+
+    def send(self, tensors, to, tag):
+        self.sent[to] = tensors[0].tolist()
+        return SimpleNamespace(wait=lambda: None)
+
+    def recv(self, tensors, of, tag):
+        tensors[0].fill_(100 + of)
+        return SimpleNamespace(wait=lambda: None)
+
+
+@pytest.mark.parametrize("kind", [CollectiveTransport, XcclTransport, PointToPointTransport])
+@pytest.mark.parametrize("splits", [[2, 2, 2, 2], [1, 3, 0, 2]])
+@pytest.mark.parametrize("given", [True, False])
+def test_parts_go_to_the_ranks_at_the_places_of_an_axis(kind, splits, given, lane, monkeypatch):
+    group = Delivering(monkeypatch)
+    one = transport(kind, lane, rank=1, ranks=ORDERED, group=group)  # this is rank 2, the group's first
+    out = torch.zeros(sum(splits)) if given else None
+    send = torch.cat([torch.full((count,), float(place)) for place, count in enumerate(splits)])
+    arrived = one.all_to_all(send, splits, splits, send.dtype, "x", out=out).wait()
+    places = {0: 1, 1: 3, 2: 0, 3: 2}  # rank of the group -> place on the axis
+    own = kind is PointToPointTransport  # stays here
+    expected = {member: [place] * splits[place] for member, place in places.items() if not (own and member == 0)}
+    for member, place in places.items():
+        if splits[place] == 0:  # a message that is not sent, or an element in its place
+            expected.pop(member), group.sent.pop(member, None)
+    assert group.sent == expected
+    members = [2, 0, 3, 1]
+    assert arrived.tolist() == [
+        1.0 if own and place == 1 else 100 + members[place] for place, count in enumerate(splits) for _ in range(count)
+    ]
+    assert arrived is out or not given
+
+
+@KINDS
+def test_a_pass_goes_to_the_rank_at_the_next_place(kind, lane, asked):
+    transport(kind, lane, rank=1, ranks=ORDERED).pass_on(torch.zeros(5), 5, 4, torch.float32, "k").wait()
+    assert asked[0] == ("batch", ("isend", 3, 5), ("irecv", 2, 4))
+
+
+@KINDS
+def test_a_gather_comes_in_the_order_of_the_axis(kind, lane, monkeypatch):
+    def gather(out, send, group=None):
+        out.copy_(torch.arange(4.0).repeat_interleave(2))
+
+    monkeypatch.setattr(dist, "all_gather_single", gather, raising=False)
+    one = transport(kind, lane, rank=1, ranks=ORDERED)
+    assert one.all_gather(torch.zeros(2, 1), "gather").wait().tolist() == [[[at]] * 2 for at in (2.0, 0.0, 3.0, 1.0)]
+
+
+def test_a_gather_is_counted_to_the_next_rank_of_the_group():
+    """Ranks lie along the axis as 0, 3 | 1, 2, in two pairs: from 0 to 1 is outside a pair, from 1 to 2 is not."""
+    pairs = Cluster("test", (Level("pair", 2, 1.0, 1.0), Level("node", 2, 1.0, 1.0)))
+    for place, counted in ((0, [0, 12]), (2, [12, 0]), (3, [0, 12]), (1, [12, 0])):
+        counter, lane = ByteCounter(), ThreadLane("link")
+        LocalTransport(Axis((0, 3, 1, 2), place, pairs, None), lane, counter).all_gather(torch.zeros(1), "gather")
+        assert counter.by_level(2) == counted
+        lane.close()
+
+
 def mesh_of_four(backend="nccl"):
     """Rank 0 of ring 2 x ulysses 2."""
     cluster = Cluster("test", (Level("node", 2, 1.0, 1.0), Level("rack", 2, 1.0, 1.0)))
@@ -145,7 +221,7 @@ def mesh_of_four(backend="nccl"):
     return Mesh(
         Degrees(1, 2, 2), cluster, cfg=axis((0,), None, (1, 1)), ring=axis((0, 2), "ring", (1, 2)),
         ulysses=axis((0, 1), "ulysses", (2, 1)), sequence=everyone, everyone=everyone,
-        level_groups={0: level.group}, host_group="host", backend=backend,
+        level_groups={0: level}, host_group="host", backend=backend,
     )  # fmt: skip
 
 
@@ -158,9 +234,9 @@ def test_xpu_s_groups_are_checked_each_once_when_a_mesh_is_connected(device, loc
     monkeypatch.setattr(connected, "check_delivery", lambda named, host_group: found.extend([*named, host_group]))
     lane = SimpleNamespace(device=torch.device(device))
 
-    def make(group, sizes, lane, counter):
-        kind = XcclTransport if group is not None and not local else make_local_transport
-        return kind(group, sizes, lane, counter)
+    def make(axis, lane, counter):
+        kind = XcclTransport if axis.group is not None and not local else LocalTransport
+        return kind(axis, lane, counter)
 
     ConnectedMesh.connect(mesh_of_four(), lambda level: lane, ByteCounter(), make)
     assert found == [*checked, *["host"] * bool(checked)]
