@@ -25,8 +25,9 @@ from cocodiff.models.shapes import Shape
 from cocodiff.parallel.layout import split_sizes
 from cocodiff.parallel.mesh import Degrees
 from cocodiff.plan import RunPlan, plan_layer
+from cocodiff.planner.costs import MeshCosts
 from cocodiff.planner.rates import DEVICES, Rates
-from cocodiff.planner.search import Costs, Task
+from cocodiff.planner.search import Task
 from cocodiff.planner.simulate import simulate
 from cocodiff.planner.wanted import Wanted, task
 from cocodiff.topology import Cluster, Level
@@ -77,8 +78,8 @@ def predict(path: Path) -> Iterator[Row]:
 def seconds_of(wanted: Task, plan: RunPlan) -> float:
     """What the model says of one plan."""
     program = wanted.trace(plan)
-    costs = Costs(wanted, plan.degrees).for_program(program)
-    return (wanted.forwards if plan.degrees.cfg == 1 else 1) * simulate(program, costs).total
+    costs = MeshCosts(wanted.cluster, wanted.rates, wanted.itemsize, plan.degrees, plan.placement)
+    return wanted.calls(plan.degrees) * simulate(program, costs.for_program(program)).total
 
 
 def scaled(rates: Rates, faster: float) -> Rates:
@@ -131,7 +132,9 @@ def main() -> None:
         for row in predict(path):
             rows.append(row)
             spread = f"{row.measured:.2f} ({row.least:.2f} to {row.most:.2f})"
-            print(f"| {row.run} | {row.method} | {row.predicted:.2f} s | {spread} | {row.predicted / row.measured:.2f} |")
+            print(
+                f"| {row.run} | {row.method} | {row.predicted:.2f} s | {spread} | {row.predicted / row.measured:.2f} |"
+            )
     for name, chosen in (("calibration", True), ("test", False)):
         some = [row for row in rows if any(word in row.run for word in CALIBRATION) == chosen]
         errors = [abs(row.predicted / row.measured - 1) for row in some]

@@ -55,7 +55,7 @@ def plan(
 
 def _cluster(text: str) -> tuple[Cluster, str]:
     """A cluster with concrete sizes, from its name or file and how many units of its outermost level there are."""
-    from cocodiff.topology import PRESETS, Cluster
+    from cocodiff.topology import PRESETS
     from cocodiff.topology.detect import read_cluster
 
     name, _, count = text.rpartition(":")

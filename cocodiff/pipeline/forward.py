@@ -58,7 +58,7 @@ class ShardedForward:
         patches: Patches,
     ) -> None:
         self.session, self.transformer, self.users = session, transformer, 1
-        self.patches, self._family, self._facts, self._forward, self._row = patches, family, facts, forward, row
+        self.patches, self._family, self._facts, self._forward, self.row = patches, family, facts, forward, row
         self._signature = inspect.signature(forward)
         self._attentions: list[tuple[Any, Any]] = [(attn, attn.processor) for attn in attentions]
         self._originals = Originals()
@@ -120,12 +120,12 @@ class ShardedForward:
         self.patches.check()
         refuse_modifications(self.transformer, self._originals)
         blocks = [block for name in self._family.blocks for block in getattr(self.transformer, name)]
-        if len(blocks) != len(self._row.blocks) or any(
-            block is not known.module for block, known in zip(blocks, self._row.blocks, strict=True)
+        if len(blocks) != len(self.row.blocks) or any(
+            block is not known.module for block, known in zip(blocks, self.row.blocks, strict=True)
         ):
             raise PatchError(
                 f"blocks of the transformer were replaced, added or removed after cocodiff.wrap ({len(blocks)} now, "
-                f"{len(self._row.blocks)} then): unwrap(pipe) and wrap(pipe) again."
+                f"{len(self.row.blocks)} then): unwrap(pipe) and wrap(pipe) again."
             )
         if mesh.ring.size > 1:
             self._check_backends(mesh.ring.size)
@@ -146,11 +146,11 @@ class ShardedForward:
             compare_inputs(call, self, given)
         conditioning = given.get("encoder_hidden_states")  # the pipeline's own object, not half of it
         if self.call is None or call.mesh.cfg.size == 1:
-            return self._on_shards(call, given, conditioning)
+            return self.on_shards(call, given, conditioning)
         as_tuple = given.get("return_dict") is False
         output = run_branch(
             call, self._family, self.transformer, given,
-            lambda part: self._on_shards(call, part | {"return_dict": False}, conditioning)[0],
+            lambda part: self.on_shards(call, part | {"return_dict": False}, conditioning)[0],
         )  # fmt: skip
         if as_tuple:
             return (output,)
@@ -158,7 +158,7 @@ class ShardedForward:
 
         return Transformer2DModelOutput(sample=output)
 
-    def _on_shards(self, call: CallState, given: dict[str, Any], conditioning: Any) -> Any:
+    def on_shards(self, call: CallState, given: dict[str, Any], conditioning: Any) -> Any:
         family, sequence = self._family, call.mesh.sequence
         counts = family.token_counts(self.transformer, given)
         tokens = Tokens.split(counts, sequence.size, sequence.rank)
@@ -168,7 +168,7 @@ class ShardedForward:
         for name, cut in family.cuts.items():
             if given.get(name) is not None:
                 given[name] = _shard(given[name], tokens.rows(cut.stream), counts[cut.stream], cut, name)
-        with state.span("forward"), self._row.running(state), self._gathered(state, list(counts)[-1]):
+        with state.span("forward"), self.row.running(state), self._gathered(state, list(counts)[-1]):
             output = self._forward(**given)
         end_forward(call, coding)
         return output

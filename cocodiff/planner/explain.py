@@ -17,9 +17,7 @@ SHOWN_PLACES = 4  # units of the outermost level whose ranks are listed
 def parts(candidate: Candidate, cluster: Cluster) -> dict[str, float]:
     """Seconds of a step by what they are spent on; they add up to the step."""
     timing, times = candidate.timing, candidate.forwards
-    waiting = {
-        f"waiting on {cluster.levels[level].name}": times * seconds for level, seconds in timing.waiting.items()
-    }
+    waiting = {f"waiting on {cluster.levels[level].name}": times * seconds for level, seconds in timing.waiting.items()}
     spent = {"compute": timing.compute, "compute slowed by sending": timing.shared, "waiting for the host": timing.host}
     return {name: times * seconds for name, seconds in spent.items() if seconds > 0} | waiting
 

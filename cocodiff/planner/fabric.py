@@ -14,7 +14,9 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from cocodiff.parallel.layout import level_groups, outermost
 from cocodiff.parallel.mesh import Degrees
+from cocodiff.parallel.placement import Placement, axis_groups, default_placement, spread_sizes
 from cocodiff.planner.program import Send
 from cocodiff.topology import Cluster
 
@@ -43,13 +45,18 @@ class Fabric:
 
     Args:
         cluster: with concrete sizes.
+        placement: of the mesh; None for the default one.
         peers_in_turn: a rank's messages of one exchange leave one after the other, each with its latency (gloo), not
             together (NCCL, XCCL).
     """
 
-    def __init__(self, cluster: Cluster, degrees: Degrees, peers_in_turn: bool) -> None:
-        self._cluster, self._degrees, self._in_turn = cluster, degrees, peers_in_turn
+    def __init__(self, cluster: Cluster, degrees: Degrees, placement: Placement | None, peers_in_turn: bool) -> None:
+        self._cluster, self._in_turn = cluster, peers_in_turn
         sizes, world = cluster.sizes, cluster.num_ranks
+        placed = placement or default_placement(sizes, degrees.counts)
+        self._groups = {name: np.array(groups) for name, groups in axis_groups(degrees.counts, placed).items()}
+        self._groups["alone"] = np.arange(world)[:, None]
+        self._spread = spread_sizes(sizes, degrees.counts, placed)
         inner = [math.prod(sizes[:level]) for level in range(len(sizes))]
         self._unit = np.stack([np.arange(world) // one for one in inner])  # (levels, ranks): whose link
         parts = [world // one for one in inner]
@@ -67,9 +74,27 @@ class Fabric:
         """What a send of all ranks at once needs: each sends the ranks of its group what rank 0 sends those of its."""
         return self._flow(send.axis, send.pattern, send.bytes_to)
 
+    def level(self, axis: str) -> int:
+        """The level whose lane carries what is sent along an axis."""
+        if axis.startswith("level "):
+            return int(axis.removeprefix("level "))
+        return 0 if axis == "alone" else outermost(self._spread[axis])
+
+    def crossed(self, axis: str) -> int:
+        """How many levels an axis crosses."""
+        return sum(size > 1 for size in self._spread[axis])
+
+    def _of(self, axis: str) -> NDArray[np.int64]:
+        """All groups of an axis, `(groups, places)`."""
+        if axis not in self._groups:
+            along = self._groups["ulysses"]
+            members = np.array(level_groups(self._spread["ulysses"], self.level(axis)))
+            self._groups[axis] = along[:, members].reshape(-1, members.shape[1])
+        return self._groups[axis]
+
     @lru_cache(maxsize=4096)  # noqa: B019 - lives as long as the fabric, which is dropped with its search
     def _flow(self, axis: str, pattern: str, bytes_to: tuple[int, ...]) -> Flow:
-        groups = axis_groups(self._cluster.sizes, self._degrees, axis)
+        groups = self._of(axis)
         size = groups.shape[1]
         sent = np.zeros(self.num_links)
         levels, messages, own = set(), 0, 0.0
@@ -118,33 +143,6 @@ def telling(flows: Sequence[Flow]) -> NDArray[np.bool_]:
         others = digits[:, [other for other in first if other != link]]
         kept[link] = not np.any(np.all(others >= digits[:, [link]], axis=0))
     return kept
-
-
-def axis_groups(sizes: Sequence[int], degrees: Degrees, axis: str) -> NDArray[np.int64]:
-    """All groups of an axis, `(groups, places)`.
-
-    >>> axis_groups((2, 2), Degrees(1, 2, 2), "ring").tolist()
-    [[0, 2], [1, 3]]
-    """
-    world, sequence = math.prod(sizes), degrees.ring * degrees.ulysses
-    ranks = np.arange(world).reshape(degrees.cfg, degrees.ring, degrees.ulysses)
-    if axis.startswith("level "):
-        return _level_groups(ranks, tuple(sizes), int(axis.removeprefix("level ")))
-    if axis == "cfg":
-        return ranks.reshape(degrees.cfg, sequence).T
-    if axis == "ring":
-        return ranks.transpose(0, 2, 1).reshape(-1, degrees.ring)
-    if axis == "ulysses":
-        return ranks.reshape(-1, degrees.ulysses)
-    return ranks.reshape(-1, {"alone": 1, "sequence": sequence}.get(axis, world))
-
-
-def _level_groups(ranks: NDArray[np.int64], sizes: tuple[int, ...], level: int) -> NDArray[np.int64]:
-    """Of the ulysses axis: ranks that differ in one level's digit."""
-    inner = math.prod(sizes[:level])
-    ulysses = ranks.reshape(-1, ranks.shape[-1])
-    size = min(sizes[level], ulysses.shape[1] // inner)
-    return ulysses.reshape(len(ulysses), -1, size, inner).transpose(0, 1, 3, 2).reshape(-1, size)
 
 
 def _outer_level(unit: NDArray[np.int64], here: NDArray[np.int64], peer: NDArray[np.int64]) -> NDArray[np.int64]:

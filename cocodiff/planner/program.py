@@ -34,10 +34,9 @@ class Compute:
 
 @dataclass(frozen=True)
 class Send:
-    """Work submitted to a lane: bytes for the ranks of one axis.
+    """Work submitted to a lane: bytes for the ranks of one axis, on the lane of the outermost level that this crosses.
 
     Attributes:
-        lane: the level of the cluster whose lane carries it.
         axis: "ulysses", "ring", "cfg", "sequence", "everyone", or "level N", a stage of the ulysses axis.
         pattern: "all_to_all", or "pass_on": to the next place, around a ring, as gathers do it, too.
         bytes_to: for each place on the axis, this rank's own included; of "pass_on", for the next one.
@@ -47,7 +46,6 @@ class Send:
         label: "v", "k", "q", "o", "gather", ...
     """
 
-    lane: int
     axis: str
     pattern: str
     bytes_to: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""How fast devices compute: MEASURED by `cocodiff plan --measure` one day, ASSUMED for those known by name."""
+"""How fast devices compute: ASSUMED for those known by name."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class Rates:
         return total
 
 
-# ASSUMED: shares of data sheets that published runs reach. H100: 74 TFLOP a step of FLUX at 1024 px take 0.154 s compiled
-# and 0.24 s eager on one (xDiT's documentation); the host's 8 us an operator from 0.52 ms for 65 operators of a block.
+# ASSUMED: shares of data sheets that published runs reach. H100: 74 TFLOP a step of FLUX at 1024 px take 0.154 s
+# compiled and 0.24 s eager on one (xDiT's documentation). The host's 8 us an operator: 0.52 ms for a block of 65.
 _DEVICES = (
     Rates("h100", 560.0, 400.0, 2400.0, 2.0, 8.0, 0.0, 80.0, "assumed from data sheets and published single-GPU runs"),
     Rates("a100", 230.0, 170.0, 1300.0, 2.5, 8.0, 0.0, 40.0, "assumed from data sheets"),
@@ -64,11 +64,8 @@ _OF_CLUSTER = {"aurora": "max1550-tile", "polaris": "a100", "dgx-h100": "h100"}
 
 def rates_of(device: str | None, cluster_name: str) -> Rates:
     """The rates of a device, or of a cluster's, known by name. ConfigError if neither is."""
-    name = device or _OF_CLUSTER.get(cluster_name)
+    name = device or _OF_CLUSTER.get(cluster_name, "")
     if name not in DEVICES:
-        raise ConfigError(
-            f"device {device!r} is not known: give --device one of {', '.join(DEVICES)}"
-            if device
-            else f"what computes in cluster {cluster_name!r} is not known: give --device one of {', '.join(DEVICES)}"
-        )
+        what = f"device {device!r}" if device else f"what computes in cluster {cluster_name!r}"
+        raise ConfigError(f"{what} is not known: give --device one of {', '.join(DEVICES)}")
     return DEVICES[name]

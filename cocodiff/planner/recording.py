@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from cocodiff.exchange.transport import Prepare, Transport
+from cocodiff.observe.timeline import Timeline
 from cocodiff.planner.program import Compute, Send, Step, Wait, Work, joined_work
-
 
 # An operator and its inputs -> its work, and the size, stride and dtype of each result.
 Known = dict[Any, tuple[Work | None, list[tuple[Any, Any, Any]]]]
@@ -86,7 +86,7 @@ class Recorder:
         finally:
             self._labels.pop()
 
-    def submit(self, lane: int, work: Callable[[Tensor], Tensor], source: Any, label: str) -> RecordedTicket:
+    def submit(self, work: Callable[[Tensor], Tensor], source: Any, label: str) -> RecordedTicket:
         after = None
         if isinstance(source, RecordedTicket):
             after = self.sends - source.number
@@ -97,7 +97,7 @@ class Recorder:
         lane_work, self._lane_work = joined_work(self._lane_work), None
         assert self._sent is not None, "a lane's work is an exchange"
         axis, pattern, bytes_to = self._sent
-        self._steps.append(Send(lane, axis, pattern, bytes_to, after, lane_work, label))
+        self._steps.append(Send(axis, pattern, bytes_to, after, lane_work, label))
         self.sends += 1
         return RecordedTicket(self, self.sends - 1, result)
 
@@ -135,15 +135,15 @@ class RecordedTicket:
 class RecordingLane:
     """A `Lane` whose work runs at once, on the meta device."""
 
-    timeline = None
+    timeline: Timeline | None = None
 
     def __init__(self, recorder: Recorder, level: int) -> None:
         self.name, self.device, self.submitted = f"level {level}", torch.device("meta"), 0
-        self._recorder, self._level = recorder, level
+        self._recorder = recorder
 
     def submit(self, work: Callable[[Tensor], Tensor], source: Any, label: str) -> RecordedTicket:
         self.submitted += 1
-        return self._recorder.submit(self._level, work, source, label)
+        return self._recorder.submit(work, source, label)
 
     def catch_up(self) -> None:
         pass

@@ -1,26 +1,24 @@
 """Finds the best plans: a bound that drops most without playing them, then the simulator for the others. MODELLED.
 
-Stage one reads one program of each mesh and bounds every plan of it from below: by its compute, by what the host starts,
-and by the bytes on each link. Stage two plays plans in the order of their bounds, and stops at a bound above the best
-that was played: in this model no better plan can be left. Cutting rows into pieces gains at most the time for which
-the compute stands still; where that is under LEAST_GAIN of a step, plans of several pieces are not played.
+Stage one reads one program of each mesh and bounds every plan of it from below: by its compute, by what the host
+starts, and by the bytes on each link. Stage two plays plans in the order of their bounds, and stops at a bound above
+the best that was played: in this model no better plan can be left. Cutting rows into pieces gains at most the time for
+which the compute stands still; where that is under LEAST_GAIN of a step, plans of several pieces are not played.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 from cocodiff.errors import ConfigError
 from cocodiff.parallel.mesh import Degrees
 from cocodiff.plan import RunPlan
-from cocodiff.planner.fabric import Fabric, telling
-from cocodiff.planner.program import Program, Send, Work
+from cocodiff.planner.costs import MeshCosts
+from cocodiff.planner.program import Program
 from cocodiff.planner.rates import Rates
-from cocodiff.planner.simulate import Timing, Transfer, simulate
-from cocodiff.planner.space import meshes, ways
+from cocodiff.planner.simulate import Timing, simulate
+from cocodiff.planner.space import meshes, spreadings, ways
 from cocodiff.topology import Cluster
 
 LEAST_GAIN = 0.01
@@ -50,6 +48,10 @@ class Task:
     trace: Trace
     memory_bytes: float | None = None
 
+    def calls(self, degrees: Degrees) -> int:
+        """Forwards of one rank in a step."""
+        return self.forwards if degrees.cfg == 1 else 1
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -77,77 +79,51 @@ class Found:
     played: int
 
 
-class Costs:
-    """The costs of one mesh on the task's cluster."""
-
-    def __init__(self, task: Task, degrees: Degrees) -> None:
-        self._task = task
-        self.early = task.rates.launch_us == 0
-        self.launch_seconds = task.rates.launch_us * 1e-6
-        self.fabric = Fabric(task.cluster, degrees, peers_in_turn=self.early)
-        self._links: Any = slice(None)
-
-    def compute_seconds(self, work: tuple[Work, ...]) -> float:
-        return self._task.rates.seconds(work, self._task.itemsize)
-
-    def for_program(self, program: Program) -> Costs:
-        """Costs that know which links matter to it."""
-        made = copy.copy(self)
-        made._links = telling([self.fabric.flow(send) for send in {send for send, _ in program.sends()}])
-        return made
-
-    def transfer(self, send: Send) -> Transfer:
-        flow = self.fabric.flow(send)
-        cores = flow.sent_bytes * self._task.rates.core_seconds_per_byte
-        links = flow.seconds[self._links].tolist()
-        return Transfer(flow.latency_seconds, (cores, *links), self.compute_seconds(send.work))
-
-
 def search(task: Task, keep: int = 5) -> Found:
     """The best plans of a task, one of each mesh at most.
 
     Raises:
         ConfigError: no mesh is legal, with what rules each out.
     """
-    waiting: list[tuple[float, int, RunPlan, Costs]] = []
+    waiting: list[tuple[float, int, RunPlan, MeshCosts]] = []
     too_large: list[int] = []
     for degrees in meshes(task.cluster.num_ranks, task.heads, task.branches > 1):
-        costs, plans = Costs(task, degrees), list(ways(task.cluster, degrees))
-        program = task.trace(plans[0])
+        program = task.trace(RunPlan(degrees, exchange="flat", pieces=1))
         needed = program.weight_bytes + program.kept_bytes
         if task.memory_bytes is not None and needed > task.memory_bytes:
             too_large.append(needed)
             continue
-        forwards = task.forwards if degrees.cfg == 1 else 1
-        bound = forwards * _bound(program, costs)
-        waiting += [(bound, len(waiting) + index, plan, costs) for index, plan in enumerate(plans)]
+        for placement in spreadings(task.cluster.sizes, degrees):
+            costs = MeshCosts(task.cluster, task.rates, task.itemsize, degrees, placement)
+            bound = task.calls(degrees) * _bound(program, costs)
+            plans = ways(degrees, placement, costs.fabric.crossed("ulysses"))
+            waiting += [(bound, len(waiting) + index, plan, costs) for index, plan in enumerate(plans)]
     if not waiting:
         raise ConfigError(_none_is_legal(task, too_large))
     waiting.sort(key=lambda one: one[:2])
-    played: list[Candidate] = []
-    exposed: dict[tuple[Degrees, str], float] = {}
+    best: dict[Degrees, Candidate] = {}
+    exposed: dict[RunPlan, float] = {}
+    played = 0
     for bound, _, plan, costs in waiting:
-        way = plan.degrees, plan.exchange
-        if plan.pieces != 1 and exposed[way] < LEAST_GAIN:
-            continue
-        best = sorted({str(one.plan.degrees): one.seconds for one in sorted(played, key=_worst_first)}.values())
-        if len(best) >= keep and bound > best[keep - 1]:
+        whole, mesh_best = replace(plan, pieces=1), best.get(plan.degrees)
+        others = sorted(one.seconds for one in best.values())
+        if len(others) >= keep and bound > others[keep - 1]:
             break
-        forwards, program = task.forwards if plan.degrees.cfg == 1 else 1, task.trace(plan)
+        if mesh_best is not None and bound > mesh_best.seconds:
+            continue
+        if plan.pieces != 1 and exposed.get(whole, 0.0) < LEAST_GAIN:
+            continue
+        program, played = task.trace(plan), played + 1
         timing = simulate(program, costs.for_program(program))
-        exposed.setdefault(way, sum(timing.waiting.values()) / timing.total)
-        played.append(Candidate(plan, forwards * timing.total, timing, program, bound, forwards))
-    found: dict[Degrees, Candidate] = {}
-    for one in sorted(played, key=lambda one: one.seconds):
-        found.setdefault(one.plan.degrees, one)
-    return Found(tuple(found.values())[:keep], len(waiting), len(played))
+        exposed[plan] = sum(timing.waiting.values()) / timing.total
+        forwards = task.calls(plan.degrees)
+        if mesh_best is None or forwards * timing.total < mesh_best.seconds:
+            best[plan.degrees] = Candidate(plan, forwards * timing.total, timing, program, bound, forwards)
+    found = sorted(best.values(), key=lambda one: one.seconds)[:keep]
+    return Found(tuple(found), len(waiting), played)
 
 
-def _worst_first(candidate: Candidate) -> float:
-    return -candidate.seconds
-
-
-def _bound(program: Program, costs: Costs) -> float:
+def _bound(program: Program, costs: MeshCosts) -> float:
     """Seconds that no plan of this mesh is under: of a whole, unstaged exchange, which has the fewest operators."""
     compute = costs.compute_seconds(tuple(program.work()))
     host = sum(one.count for one in program.work()) * costs.launch_seconds
@@ -160,9 +136,9 @@ def _none_is_legal(task: Task, too_large: list[int]) -> str:
     if too_large and task.memory_bytes is not None:
         needed, there = min(too_large) / 1e9, task.memory_bytes / 1e9
         return (
-            f"no plan fits: the transformer and its activations need {needed:.1f} GB a rank, {needed / there:.1f} times "
-            f"the {there:.1f} GB that there are. More ranks do not help, since every rank holds all weights: take a "
-            "smaller dtype, or devices with more memory."
+            f"no plan fits: the transformer and its activations need {needed:.1f} GB a rank, {needed / there:.1f} "
+            f"times the {there:.1f} GB that there are. More ranks do not help, since every rank holds all weights: "
+            "take a smaller dtype, or devices with more memory."
         )
     return (
         f"no mesh of {ranks} ranks is legal: every rank of the ulysses axis needs one of {task.heads} attention heads."

@@ -88,10 +88,13 @@ class Costs(Protocol):
 
     def transfer(self, send: Send) -> Transfer: ...
 
+    def level(self, send: Send) -> int:
+        """The level of the cluster whose lane carries it."""
+
 
 def simulate(program: Program, costs: Costs) -> Timing:
     """Play one forward."""
-    levels = 1 + max((send.lane for send, _ in program.sends()), default=0)
+    levels = 1 + max((costs.level(send) for send, _ in program.sends()), default=0)
     return _Player(costs, levels).play(program)
 
 
@@ -141,9 +144,10 @@ class _Player:
                 if step not in self._known_sends:
                     self._known_sends[step] = self._costs.transfer(step)
                 after = None if step.after is None else len(self._jobs) - step.after
-                job = _Job(len(self._jobs), step.lane, self._known_sends[step], after)
+                level = self._costs.level(step)
+                job = _Job(len(self._jobs), level, self._known_sends[step], after)
                 self._jobs.append(job)
-                self._lanes.setdefault((step.lane, step.axis if self._early else ""), []).append(job)
+                self._lanes.setdefault((level, step.axis if self._early else ""), []).append(job)
                 self._hosted(LAUNCHES_PER_SEND + sum(one.count for one in step.work))
             else:
                 self._still(self._jobs[len(self._jobs) - step.back])

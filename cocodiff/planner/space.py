@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from cocodiff.parallel.layout import axis_sizes
 from cocodiff.parallel.mesh import Degrees
+from cocodiff.parallel.placement import Placement, default_placement, placements
 from cocodiff.plan import MAX_PIECES, RunPlan
-from cocodiff.topology import Cluster
 
 PIECES = tuple(2**power for power in range(MAX_PIECES.bit_length()))
 
@@ -25,11 +24,19 @@ def meshes(num_ranks: int, heads: int, guided: bool) -> Iterator[Degrees]:
                 yield Degrees(cfg, ring, sequence // ring, "planned")
 
 
-def ways(cluster: Cluster, degrees: Degrees) -> Iterator[RunPlan]:
-    """Every exchange and number of pieces of one mesh. A staged exchange needs two levels that ulysses crosses."""
-    crossed = [size for size in axis_sizes(cluster.sizes, 1, degrees.ulysses) if size > 1]
-    exchanges = ("flat", "staged") if len(crossed) > 1 else ("flat",)
+def spreadings(sizes: tuple[int, ...], degrees: Degrees) -> list[Placement | None]:
+    """Every placement of a mesh, today's first: None where the degrees do not fit the levels."""
+    first: list[Placement | None] = [None] if default_placement(sizes, degrees.counts) is None else []
+    return first + list(placements(sizes, degrees.counts))
+
+
+def ways(degrees: Degrees, placement: Placement | None, levels: int) -> Iterator[RunPlan]:
+    """Every exchange and number of pieces of a placed mesh.
+
+    Args:
+        levels: how many the ulysses axis crosses; a staged exchange needs two.
+    """
     communicates = degrees.ring * degrees.ulysses > 1
-    for exchange in exchanges:
+    for exchange in ("flat", "staged") if levels > 1 else ("flat",):
         for pieces in PIECES if communicates else (1,):
-            yield RunPlan(degrees, exchange=exchange, pieces=pieces)
+            yield RunPlan(degrees, exchange=exchange, pieces=pieces, placement=placement)

@@ -8,7 +8,6 @@ two blocks rank plans well, one does not).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,14 +16,14 @@ from torch import Tensor, nn
 from cocodiff.config import Config
 from cocodiff.exchange.collectives import swap
 from cocodiff.exchange.connected import ConnectedMesh
+from cocodiff.exchange.lanes import Lane
 from cocodiff.launch.job import Job
 from cocodiff.models import Family
-from cocodiff.parallel.layout import axis_sizes, level_groups
-from cocodiff.parallel.mesh import Axis, Degrees, Mesh
+from cocodiff.parallel.mesh import Axis, Mesh
 from cocodiff.pipeline.install import install_transformer
 from cocodiff.plan import RunPlan
 from cocodiff.planner.program import Program, Step
-from cocodiff.planner.recording import Known, Recorder, RecordedGroup, RecordingLane, RecordingTransport
+from cocodiff.planner.recording import Known, RecordedGroup, Recorder, RecordingLane, RecordingTransport
 from cocodiff.state import CallState, Session
 from cocodiff.topology import Cluster
 
@@ -86,54 +85,36 @@ def _thinned(blocks: list[nn.Module]) -> tuple[list[nn.Module], list[int]]:
 def _session(recorder: Recorder, cluster: Cluster, plan: RunPlan) -> Session:
     job = Job(0, cluster.num_ranks, torch.device("meta"), "none", ("",) * cluster.num_ranks, "recording", joined=None)
     session = Session(job, Config(), cluster, lambda facts: plan)
-    lanes: dict[int, RecordingLane] = {}
+    lanes: dict[int, Lane] = {}
 
-    def lane(level: int) -> RecordingLane:
+    def lane(level: int) -> Lane:
         return lanes.setdefault(level, RecordingLane(recorder, level))
 
-    def make(group: Any, *args: Any) -> RecordingTransport:
-        if group is None:
-            return RecordingTransport(recorder, "alone", 0, 1, *args)
-        return RecordingTransport(recorder, group.axis, group.place, len(group.ranks), *args)
+    def make(axis: Axis, lane: Any, counter: Any) -> RecordingTransport:
+        group: Any = axis.group
+        return RecordingTransport(recorder, "alone" if group is None else group.axis, axis, lane, counter)
 
     connected = ConnectedMesh.connect(recorded_mesh(cluster, plan), lane, session.bytes, make)
-    session.connect = lambda plan: connected  # type: ignore[method-assign]
+    session.connect = lambda plan: connected  # type: ignore[method-assign] # there are no groups to make
     session.timeline = recorder  # type: ignore[assignment]
     return session
 
 
 def recorded_mesh(cluster: Cluster, plan: RunPlan) -> Mesh:
     """The mesh of rank 0 with recorded groups."""
-    degrees = plan.degrees
-    world, sequence = cluster.num_ranks, degrees.ring * degrees.ulysses
+    host: Any = RecordedGroup("host", 0, tuple(range(cluster.num_ranks)))
 
-    def axis(name: str, stride: int, size: int) -> Axis:
-        ranks = tuple(range(0, stride * size, stride))
-        group: Any = RecordedGroup(name, 0, ranks) if size > 1 else None
-        return Axis(ranks, 0, cluster.with_sizes(axis_sizes(cluster.sizes, stride, size)), group)
+    def new_group(name: str, ranks: tuple[int, ...]) -> Any:
+        return RecordedGroup(name, ranks.index(0) if 0 in ranks else 0, ranks)
 
-    axes = dict(
-        everyone=axis("everyone", 1, world),
-        sequence=axis("sequence", 1, sequence),
-        ulysses=axis("ulysses", 1, degrees.ulysses),
-        ring=axis("ring", degrees.ulysses, degrees.ring),
-        cfg=axis("cfg", sequence, degrees.cfg),
-    )
-    sizes = axes["ulysses"].cluster.sizes
-    levels: dict[int, Any] = {
-        level: RecordedGroup(f"level {level}", 0, level_groups(sizes, level)[0])
-        for level, size in enumerate(sizes)
-        if size > 1
-    }
-    host: Any = RecordedGroup("host", 0, tuple(range(world)))
-    return Mesh(degrees, cluster, **axes, level_groups=levels, host_group=host, backend="recording")
+    return Mesh.arrange(cluster, plan.degrees, "recording", host, plan.placement, new_group)
 
 
 def _run(recorder: Recorder, forward: Any, session: Session, plan: RunPlan, given: Mapping[str, Any]) -> list:
     parts: list[tuple[Step, ...]] = []
     transformer = forward.transformer
     call = CallState(session, plan, session.connect(plan), transformer.dtype)
-    row = forward._row
+    row = forward.row
 
     def begins(module: Any, args: Any) -> None:
         parts.append(recorder.part())
@@ -147,7 +128,7 @@ def _run(recorder: Recorder, forward: Any, session: Session, plan: RunPlan, give
     on_meta = {name: _meta(value) for name, value in given.items()}
     try:
         with torch.no_grad(), recorder.recording():
-            output = forward._on_shards(call, dict(on_meta) | {"return_dict": False}, None)[0]
+            output = forward.on_shards(call, dict(on_meta) | {"return_dict": False}, None)[0]
             if plan.degrees.cfg > 1:
                 swap(output, call.connected.sequence, call.connected.cfg)
         parts.append(recorder.part())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -61,9 +61,7 @@ def shape_named(name: str) -> Shape:
     return shapes[key]
 
 
-def wanted(
-    model: str, height: int | None, width: int | None, frames: int | None, guided: bool, dtype: str
-) -> Wanted:
+def wanted(model: str, height: int | None, width: int | None, frames: int | None, guided: bool, dtype: str) -> Wanted:
     """Raises ConfigError for a size that the model cannot have."""
     shape = shape_named(model)
     clip = shape.family == "wan"
@@ -96,11 +94,15 @@ def task(asked: Wanted, cluster: Cluster, rates: Rates, memory_bytes: float | No
     given = recipe.inputs(shape, lambda *sizes: torch.empty(sizes, dtype=dtype, device="meta"))
     known: Known = {}
 
-    @lru_cache(maxsize=None)
-    def traced(plan: RunPlan) -> Program:
+    @cache
+    def of(plan: RunPlan) -> Program:
         both = asked.branches > 1 and plan.degrees.cfg == 1 and bool(family.batched)
         inputs = _twice(given, family.batched) if both else given
         return trace(transformer, family, inputs, cluster, plan, known)
+
+    def traced(plan: RunPlan) -> Program:
+        # Only the stages of a staged exchange depend on where ranks are.
+        return of(plan if plan.exchange == "staged" else replace(plan, placement=None))
 
     forwards = 1 if asked.branches > 1 and family.batched else asked.branches
     return Task(cluster, rates, shape.heads, dtype.itemsize, asked.branches, forwards, traced, memory_bytes)

@@ -31,8 +31,8 @@ def _subclasses():
     from tests.pipelines import flux_call, flux_pipeline
 
     Passing, Deciding = _classes()
-    errors, ran, on_shards = {}, [], ShardedForward._on_shards
-    ShardedForward._on_shards = lambda forward, *given: ran.append(forward) or on_shards(forward, *given)
+    errors, ran, on_shards = {}, [], ShardedForward.on_shards
+    ShardedForward.on_shards = lambda forward, *given: ran.append(forward) or on_shards(forward, *given)
     expected = flux_pipeline()(**flux_call("text2image")).images
     for kind in (Passing, Deciding):
         pipe = cocodiff.wrap(kind(**flux_pipeline().components), cfg_degree=2)
