@@ -116,6 +116,7 @@ class Config:
             bytes; 1/32 where only keys and values cross), or a `cocodiff.Selective`. Fast links stay exact.
         pieces: into how many pieces a layer's rows are cut so that exchange and compute overlap; None lets the cost
             model decide.
+        plan: a file of `cocodiff plan --out`: degrees, placement, exchange and pieces are its own then.
 
     Examples:
         >>> Config(exchange="staged").schedule
@@ -130,6 +131,7 @@ class Config:
     ulysses_degree: int | None = None
     transmission: str | Selective = "exact"
     pieces: int | None = None
+    plan: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
@@ -143,9 +145,22 @@ class Config:
             count = getattr(self, name)
             if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
                 raise ConfigError(f"{name}={count!r} is not a positive whole number.")
+        if self.plan is not None:
+            self._check_plan()
         selective = Selective.of(self.transmission)
         if selective is not None and selective.method == "v_major" and self.schedule == "sequential":
             raise ConfigError('v_major chooses rows by V, which schedule="sequential" sends last: use "v_first".')
+
+    def _check_plan(self) -> None:
+        """A plan file decides what these settings would; it is read where ranks have joined."""
+        if not isinstance(self.plan, str | os.PathLike):
+            raise ConfigError(f"plan={self.plan!r} is not the path of a file of cocodiff plan --out.")
+        fixed = {name: getattr(self, name) for name in (*DEGREES, "pieces") if getattr(self, name) is not None}
+        fixed |= {} if self.exchange == "auto" else {"exchange": self.exchange}
+        fixed |= {} if self.transmission == "exact" else {"transmission": self.transmission}
+        if fixed:
+            said = ", ".join(f"{name}={value!r}" for name, value in fixed.items())
+            raise ConfigError(f"plan={os.fspath(self.plan)!r} decides for itself, and is exact: leave out {said}.")
 
     @classmethod
     def of(cls, config: Config | None, settings: dict[str, object]) -> Config:

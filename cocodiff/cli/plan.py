@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from json import dumps
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cocodiff.cli.files import check_file
 from cocodiff.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ def plan(
     device: Annotated[str | None, typer.Option(help="What a rank computes on, where the cluster does not say.")] = None,
     memory: Annotated[str | None, typer.Option(help="Of a rank's device, as 64GB; by default the device's.")] = None,
     top: Annotated[int, typer.Option(help="How many plans to show.")] = 5,
+    out: Annotated[Path | None, typer.Option(help="Write the best plan here, for wrap(pipe, plan=FILE).")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say which plan is fastest in a model of the machine, without weights, GPUs or ranks. Nothing is measured."""
@@ -39,6 +42,8 @@ def plan(
         raise ConfigError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}.")
     if top < 1:
         raise ConfigError(f"--top {top}: at least 1.")
+    if out is not None:
+        check_file(out, "--out")
     from cocodiff.planner.explain import as_json, describe
     from cocodiff.planner.rates import rates_of
     from cocodiff.planner.search import search
@@ -47,6 +52,9 @@ def plan(
     rates = rates_of(device, name)
     asked = wanted(model, height, width, frames, cfg, full)
     found = search(task(asked, where, rates, _bytes(memory, rates.memory_gb)), keep=top)
+    if out is not None:
+        written = as_json(found, asked, where, rates)
+        out.write_text(dumps(written | {"plans": written["plans"][:1]}, indent=2) + "\n")
     if json:
         print(dumps(as_json(found, asked, where, rates), indent=2))
     else:

@@ -77,6 +77,8 @@ def install_transformer(transformer: Any, family: Family, session: Session) -> S
     try:
         first = session.is_new
         plan = session.plan(facts)
+        if first and session.job.host_group is not None:  # ranks with other plans would wait in other groups
+            agree({"plan": repr(plan)}, session.job.host_group, "cocodiff.wrap")
         connected = session.connect(plan)
         if first and session.job.is_main:
             _log.info("mesh: %s (%s)", plan.degrees, plan.degrees.reason)

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from cocodiff.parallel.layout import digits
+from cocodiff.parallel.mesh import Degrees
+from cocodiff.planner.plan_file import SCHEMA, plan_as_json
 from cocodiff.planner.rates import Rates
 from cocodiff.planner.search import Candidate, Found
 from cocodiff.planner.wanted import Wanted
@@ -60,11 +62,7 @@ def describe(found: Found, asked: Wanted, cluster: Cluster, rates: Rates) -> Ite
     yield ""
     assumed = f"{rates.name}'s rates are {rates.source}; links are as the cluster {cluster.name!r} states them"
     yield f"Confidence: {assumed}. Memory leaves out text encoders and VAE. See docs/planner.md."
-    degrees = best.plan.degrees
-    yield (
-        f"To use it: cocodiff.wrap(pipe, cfg_degree={degrees.cfg}, ring_degree={degrees.ring}, "
-        f"ulysses_degree={degrees.ulysses}, exchange={best.plan.exchange!r}, pieces={best.plan.pieces})"
-    )
+    yield 'To use it: add --out plan.json, and cocodiff.wrap(pipe, plan="plan.json").'
 
 
 def placement(candidate: Candidate, cluster: Cluster) -> Iterator[str]:
@@ -72,14 +70,16 @@ def placement(candidate: Candidate, cluster: Cluster) -> Iterator[str]:
     degrees = candidate.plan.degrees
     if cluster.num_ranks == 1:
         return
+    placed = candidate.plan.placement
+    place = placed.coordinates if placed is not None else lambda rank: _in_order(degrees, rank)
+    if placed is not None:
+        yield f"Placement, ranks of each axis along {', '.join(level.name for level in cluster.levels)}: {placed}"
     unit = cluster.num_ranks // cluster.sizes[-1]
     yield f"Ranks as (cfg, ring, ulysses), by {cluster.levels[-1].name}:"
     for number in range(min(cluster.sizes[-1], SHOWN_PLACES)):
         words = []
         for rank in range(number * unit, (number + 1) * unit):
-            part, inner = divmod(rank, degrees.ulysses)
-            half, ring = divmod(part, degrees.ring)
-            words.append(f"({half},{ring},{inner})")
+            words.append("({},{},{})".format(*place(rank)))
             if len(cluster.sizes) > 2 and digits(rank + 1, cluster.sizes)[0] == 0 and rank + 1 < (number + 1) * unit:
                 words.append("|")
         yield f"  {cluster.levels[-1].name} {number}: {' '.join(words)}"
@@ -87,15 +87,16 @@ def placement(candidate: Candidate, cluster: Cluster) -> Iterator[str]:
         yield f"  and so on, to {cluster.levels[-1].name} {cluster.sizes[-1] - 1}"
 
 
+def _in_order(degrees: Degrees, rank: int) -> tuple[int, int, int]:
+    part, ulysses = divmod(rank, degrees.ulysses)
+    return *divmod(part, degrees.ring), ulysses
+
+
 def as_json(found: Found, asked: Wanted, cluster: Cluster, rates: Rates) -> dict[str, Any]:
     """The same as JSON values; docs/planner.md has the schema."""
     plans = [
         {
-            "cfg_degree": one.plan.degrees.cfg,
-            "ring_degree": one.plan.degrees.ring,
-            "ulysses_degree": one.plan.degrees.ulysses,
-            "exchange": one.plan.exchange,
-            "pieces": one.plan.pieces,
+            **plan_as_json(one.plan),
             "seconds_per_step": one.seconds,
             "seconds_by_part": parts(one, cluster),
             "lower_bound_seconds": one.bound,
@@ -104,7 +105,7 @@ def as_json(found: Found, asked: Wanted, cluster: Cluster, rates: Rates) -> dict
         for one in found.candidates
     ]
     return {
-        "schema": "cocodiff-plan/1",
+        "schema": SCHEMA,
         "modelled": True,
         "shape": asked.shape.as_json(),
         "height": asked.height,

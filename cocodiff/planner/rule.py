@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from cocodiff.config import Config, Selective
@@ -9,6 +10,7 @@ from cocodiff.errors import ConfigError
 from cocodiff.parallel.layout import axis_sizes, digits, outermost
 from cocodiff.parallel.mesh import Degrees
 from cocodiff.plan import ModelFacts, RunPlan, layer_costs
+from cocodiff.planner.plan_file import read_plan
 from cocodiff.selective.schedule import coded_from, names_level
 from cocodiff.topology import Cluster
 
@@ -20,8 +22,12 @@ def plan_run(config: Config, cluster: Cluster, device_type: str, model: ModelFac
         cluster: of all ranks, with concrete sizes.
 
     Raises:
-        ConfigError: with the numbers, where no mesh has the degrees that were given.
+        ConfigError: with the numbers, where no mesh has the degrees that were given, or `config.plan` cannot be used.
     """
+    if config.plan is not None:
+        planned = read_plan(config.plan, cluster)
+        choose_degrees(cluster, model.heads, *planned.degrees.counts)  # raises where the heads are too few
+        return replace(planned, schedule=config.schedule)
     fused = device_type != "xpu"  # where parts have no fused kernel (`cocodiff.kernels.partial`), no ring is preferred
     choose = partial(
         choose_degrees, cluster, model.heads, config.cfg_degree, config.ring_degree, config.ulysses_degree,
@@ -105,7 +111,7 @@ def choose_degrees(
 
     best = min(legal, key=cost)
     if len(legal) == 1:
-        reason = "as given" if said else "the only ones"
+        reason = "as given" if said else "no other degrees fit these ranks and heads"
     else:
         reason = f"the fewest bytes through the level {cluster.levels[level].name!r}"
     return Degrees(cfg, *best, reason)

@@ -25,9 +25,13 @@ def meshes(num_ranks: int, heads: int, guided: bool) -> Iterator[Degrees]:
 
 
 def spreadings(sizes: tuple[int, ...], degrees: Degrees) -> list[Placement | None]:
-    """Every placement of a mesh, today's first: None where the degrees do not fit the levels."""
-    first: list[Placement | None] = [None] if default_placement(sizes, degrees.counts) is None else []
-    return first + list(placements(sizes, degrees.counts))
+    """Every placement of a mesh, the launcher's order first, which is None.
+
+    >>> [str(one) for one in spreadings((2, 2), Degrees(1, 2, 2))]
+    ['None', 'cfg 1.1 x ring 2.1 x ulysses 1.2']
+    """
+    default = default_placement(sizes, degrees.counts)
+    return [None, *(one for one in placements(sizes, degrees.counts) if one != default)]
 
 
 def ways(degrees: Degrees, placement: Placement | None, levels: int) -> Iterator[RunPlan]:
