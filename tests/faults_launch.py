@@ -64,7 +64,7 @@ LAUNCH = (
     ),
     Fault(
         "devices by the rank of the run", "cocodiff/launch/backend.py",
-        "index = ranks.local_rank % num_devices if", "index = ranks.rank % num_devices if",
+        "index = local_rank % num_devices if", "index = ranks.rank % num_devices if",
         (f"{UNIT}/test_launch_devices.py",),
     ),
     Fault(
