@@ -68,6 +68,12 @@ def extreme(which: str, least_share: str, most_share: str) -> str:
     return f"{min(found) if which == 'least' else max(found):.2f}x"
 
 
+def link(which: str) -> str:
+    """The least rate of a slowest link in all runs, in Mbit/s, or the most, in Gbit/s."""
+    rates = [8e3 * min(one["cluster"]["goodput_gbs"].values()) for one in runs().values()]
+    return f"{min(rates):.0f}" if which == "least" else f"{max(rates) / 1e3:.1f}"
+
+
 def psnr(task: str, steps: str, hosts: str, method: str, budget: str, digits: str = "0", of: str = "median") -> str:
     """PSNR against the exact run in dB; `of` is "median", "p10", "mean" or "worst"."""
     found = unit(task, steps, hosts, method, budget)
@@ -128,7 +134,12 @@ def speed_table(*names: str) -> str:
 
 def short_speed_table(*names: str) -> str:
     """The same for the first page."""
-    head = ["model shape", "ranks, emulated link", "plain Ulysses communicates", "cocodiff against diffusers"]
+    head = [
+        "model shape",
+        "ranks, emulated link",
+        "time spent on communication without overlap",
+        "cocodiff against diffusers",
+    ]
     rows = [[shape(n), place(n), communication(n), f"**{speedup(n, 'exact', 'diffusers')}**"] for n in names]
     return table(head, rows)
 
@@ -205,7 +216,7 @@ def method_table() -> str:
 
 FIGURES: Mapping[str, Callable[..., str]] = {
     "speedup": speedup, "speedup-least": speedup_least,
-    "communication": communication, "over-limit": over_limit, "extreme": extreme, "psnr": psnr,
+    "communication": communication, "over-limit": over_limit, "extreme": extreme, "link": link, "psnr": psnr,
     "ring-gain": ring_gain, "right": right, "cell": cell, "neighbours": neighbours,
 }  # fmt: skip
 TABLES: Mapping[str, Callable[..., str]] = {

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 
 from cocodiff.errors import ConfigError
 from cocodiff.topology import Cluster
@@ -168,7 +170,7 @@ class Config:
         names = [field.name for field in fields(cls)]
         unknown = sorted(set(settings) - set(names))
         if unknown:
-            raise ConfigError(f"unknown settings {', '.join(unknown)}; there are {', '.join(names)}.")
+            raise ConfigError(_unknown(unknown, [*names, "device"]))
         if config is None:
             return cls(**settings)  # type: ignore[arg-type]
         if settings:
@@ -176,3 +178,9 @@ class Config:
         if not isinstance(config, Config):
             raise ConfigError(f"config={config!r} is not a cocodiff.Config.")
         return config
+
+
+def _unknown(unknown: Sequence[str], names: Sequence[str]) -> str:
+    near = {name: get_close_matches(name, names, 1) for name in unknown}
+    said = [name + (f" (did you mean {found[0]}?)" if found else "") for name, found in near.items()]
+    return f"unknown settings: {', '.join(said)}. There are {', '.join(names)}; device is an argument of wrap."

@@ -11,6 +11,7 @@ import torch
 from cocodiff.compat import is_offloaded, offload_to
 from cocodiff.config import DEGREES, Config, Selective
 from cocodiff.errors import ConfigError
+from cocodiff.launch.backend import idle_devices
 from cocodiff.launch.job import Job, start_job
 from cocodiff.models import family_of
 from cocodiff.pipeline.call import subclass
@@ -48,8 +49,8 @@ def wrap(
     config = Config.of(config, settings)
     if not isinstance(pipeline, type) and not hasattr(pipeline, "components"):
         raise ConfigError(
-            f"cocodiff.wrap takes a diffusers pipeline or its class, not {pipeline!r:.60}: load it first, as with "
-            "FluxPipeline.from_pretrained(...)."
+            f"cocodiff.wrap takes a diffusers pipeline or its class, not {_named(pipeline)}: load it first, as with "
+            "FluxPipeline.from_pretrained(...), and give the whole pipeline, none of its parts."
         )
     if isinstance(pipeline, type):
         family_of(pipeline)
@@ -129,6 +130,7 @@ def wrap_instance(pipeline: Any, config: Config, job: Job) -> Any:
                 install(pipeline, handle, plan_run)
                 pipeline.__class__ = subclass(type(pipeline))
             else:
+                _say_one_rank(job)
                 for name in DEGREES:
                     if getattr(config, name) not in (None, 1):
                         raise ConfigError(f"{name}={getattr(config, name)} on one rank: start that many ranks.")
@@ -139,3 +141,18 @@ def wrap_instance(pipeline: Any, config: Config, job: Job) -> Any:
         job.close()
         raise
     return pipeline
+
+
+def _say_one_rank(job: Job) -> None:
+    """Nobody should believe that several devices draw where the launcher was forgotten."""
+    idle = idle_devices(job.launcher, job.device)
+    if idle:
+        _log.warning(idle)
+    else:
+        launcher = "no launcher" if job.launcher == "none" else job.launcher
+        _log.info("one rank on %s, started by %s: the pipeline runs as without cocodiff", job.device, launcher)
+
+
+def _named(thing: Any) -> str:
+    """A text or None as it is; else the type, since what a module prints has hundreds of lines."""
+    return f"{thing!r:.60}" if thing is None or isinstance(thing, str) else f"an object of type {type(thing).__name__}"

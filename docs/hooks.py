@@ -13,7 +13,10 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
-PATTERNS = ("*.md", "LICENSE", "CITATION.cff", "docs/**/*", "benchmarks/results/**/*.md", "benchmarks/results/**/*.png")
+PATTERNS = (
+    "*.md", "LICENSE", "CITATION.cff", "docs/**/*", "scripts/*.pbs", "scripts/*.slurm", "benchmarks/results/**/*.md",
+    "benchmarks/results/**/*.png",
+)  # fmt: skip
 UNLISTED = ("docs/hooks.py", "docs/__pycache__")
 
 

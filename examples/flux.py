@@ -35,4 +35,4 @@ image = pipe(
 
 if pipe.cocodiff.is_main:  # every rank has the same picture
     image.save(arguments.out)
-    print(f"wrote {arguments.out}, drawn by {pipe.cocodiff.world_size} rank(s) on {pipe.cocodiff.device.type}")
+    print(f"wrote {arguments.out} (ranks: {pipe.cocodiff.world_size}, device: {pipe.cocodiff.device.type})")

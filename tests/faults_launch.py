@@ -64,8 +64,16 @@ LAUNCH = (
     ),
     Fault(
         "devices by the rank of the run", "cocodiff/launch/backend.py",
-        "several, index = ranks.local_rank,", "several, index = ranks.rank,",
+        "index = local_rank % num_devices if", "index = ranks.rank % num_devices if",
         (f"{UNIT}/test_launch_devices.py",),
+    ),
+    Fault(
+        "a forgotten launcher is silent", "cocodiff/launch/backend.py",
+        'if launcher != "none" or num_devices < 2:', "if True:", (f"{UNIT}/test_wrap.py",),
+    ),
+    Fault(
+        "a hub that is not reached is a missing file", "cocodiff/cli/loading.py",
+        "one = one.__cause__ or one.__context__", "one = None", (f"{UNIT}/test_cli_models.py",),
     ),
     Fault(
         "a shell in a Slurm allocation is a rank", "cocodiff/launch/ranks.py",

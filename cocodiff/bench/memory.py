@@ -52,7 +52,8 @@ def free_bytes() -> int | None:
 def check_memory(shape: Shape, job: Job, methods: int) -> None:
     """Raise ConfigError with the numbers if the estimate exceeds what is free, on this host or on its accelerator."""
     weights, ranks = weight_count(shape), job.hosts.count(job.hosts[job.rank])
-    refuse_over(needed_bytes(weights, shape, ranks), free_bytes(), f"{ranks} rank(s) on this host", weights)
+    where = f"{ranks} rank{'s' if ranks > 1 else ''} on this host"
+    refuse_over(needed_bytes(weights, shape, ranks), free_bytes(), where, weights)
     if job.device.type != "cpu":
         device = torch.get_device_module(job.device)
         if hasattr(device, "mem_get_info"):  # each method has its own copy there

@@ -93,7 +93,7 @@ def make_method(
         alone = _copy(model).to(job.device) if job.is_main else None
         return Method(name, _step(alone, shape, job, guided), everyone=False)
     if job.world_size == 1:
-        raise ConfigError("one rank has nothing to exchange: start the bench under a launcher, or with --ranks")
+        raise ConfigError("one rank has nothing to exchange: start the bench under a launcher, or with --ranks.")
     if name == "diffusers":
         return _diffusers(model, shape, job, guided)
     baseline = Config(exchange="flat", schedule="sequential", cluster=cluster, ulysses_degree=job.world_size)

@@ -53,9 +53,10 @@ def main() -> None:
     try:
         raise SystemExit(app(standalone_mode=False) or 0)
     except CocodiffError as error:
-        if "--verbose" in sys.argv:
+        spoke = say_once(str(error))
+        # Of an error of one rank alone that rank has the cause; otherwise the rank that speaks shows where it arose.
+        if "--verbose" in sys.argv and (spoke or isinstance(error.__cause__, CocodiffError)):
             traceback.print_exc()
-        say_once(str(error))
         raise SystemExit(2) from None
     except typer.Abort:
         raise SystemExit(130) from None
@@ -67,5 +68,7 @@ def main() -> None:
         else:
             context = getattr(error, "ctx", None)
             command = context.command_path if context is not None else "cocodiff"
-            say_once(f"{error.format_message()} `{command} --help` lists what there is.")
+            said = error.format_message()
+            stop = "" if said[-1:] in ".?!" else "."
+            say_once(f"{said}{stop} `{command} --help` lists what there is.")
         raise SystemExit(2) from None

@@ -69,6 +69,15 @@ class Asked:
         """Raise ConfigError for whatever cannot be, without building anything."""
         assert self.names and self.degrees and self.model()
 
+    def check_ranks(self, ranks: int) -> None:
+        """Raise ConfigError if there is one rank, and methods that exchange."""
+        several = [name for name in self.names if name != "single"]
+        if ranks == 1 and several:
+            raise ConfigError(
+                f"--methods {','.join(several)}: one rank has nothing to exchange. Start the bench under a launcher "
+                "(torchrun --nproc-per-node 8 -m cocodiff bench), or with --ranks 2, or measure --methods single."
+            )
+
 
 def whole_numbers(option: str, text: str, most: int = 2**20) -> list[int]:
     """Parse numbers of at least 1, separated by commas. ConfigError with the option's name.

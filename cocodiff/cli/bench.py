@@ -89,7 +89,7 @@ def bench(
         typer.Option(help="Type of the weights: float32 (the default), bfloat16 (bf16) or float16 (fp16)."),
     ] = None,
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
-    cluster: Annotated[str, typer.Option(envvar="EMULATED_CLUSTER", help=CLUSTER_HELP)] = "auto",
+    cluster: Annotated[str, typer.Option(envvar="EMULATED_CLUSTER", show_envvar=False, help=CLUSTER_HELP)] = "auto",
     ranks: Annotated[int | None, typer.Option(min=1, max=MOST_RANKS, help=RANKS_HELP)] = None,
     json: Annotated[
         Path | None, typer.Option("--json", help="Write the result as JSON into this file; - prints it instead.")
@@ -113,6 +113,7 @@ def bench(
         asked.check()
         check()
     if ranks is not None:
+        asked.check_ranks(ranks)
         raise SystemExit(start_ranks(ranks))
     from cocodiff.bench import results
     from cocodiff.bench.memory import check_memory
@@ -124,13 +125,14 @@ def bench(
         if job.is_main and job.world_size > 1:
             asked.check()
             check()
+        asked.check_ranks(job.world_size)
         if trace is not None:
             check_folder(trace, "--trace")
         load_cluster(cluster, job.hosts, job.device.type)
         chosen = asked.model()
         check_memory(chosen, job, len(asked.names))
     say_main = say if job.is_main else (lambda text: None)
-    say_main(f"building {chosen.name} of width {chosen.width} for {len(asked.names)} method(s) ...")
+    say_main(f"building {chosen.name} of width {chosen.width} for {', '.join(asked.names)} ...")
     with job.watched("cocodiff bench"):
         result = run_bench(chosen, asked.names, job, cluster, steps, repeat, say_main, trace, asked.degrees)
     if not job.is_main:
@@ -161,7 +163,7 @@ def collectives(
         Path, typer.Option(help="Write the measured cluster into this JSON file, for cocodiff.wrap(cluster=...).")
     ] = Path("cluster.json"),
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
-    cluster: Annotated[str, typer.Option(envvar="EMULATED_CLUSTER", help=CLUSTER_HELP)] = "auto",
+    cluster: Annotated[str, typer.Option(envvar="EMULATED_CLUSTER", show_envvar=False, help=CLUSTER_HELP)] = "auto",
     ranks: Annotated[int | None, typer.Option(min=1, max=MOST_RANKS, help=RANKS_HELP)] = None,
     json: Annotated[Path | None, typer.Option("--json", help="Write all timings as JSON into this file.")] = None,
 ) -> None:

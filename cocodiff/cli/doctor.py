@@ -61,7 +61,9 @@ def diagnose() -> tuple[dict[str, Any], bool]:
             ],
             "figures": "assumed, not measured",
         },
-        "mesh": {shape.name: _mesh(cluster, shape, job.device) for shape in SHAPES.values()},
+        "mesh": {shape.name: _mesh(cluster, shape, job.device) for shape in SHAPES.values()}
+        if job.world_size > 1
+        else "one rank shares nothing; under your launcher this says how each model would run",
         "pipelines": [name for family in FAMILIES for name in family.pipelines],
         "warnings": _warnings(job.world_size, job.device),
     }

@@ -10,7 +10,7 @@ from cocodiff.cli import files
 from cocodiff.cli.figures import RUN, STEP, describe, figures
 from cocodiff.cli.loading import TINY_CLIP, check_class, check_sizes, load, pipeline_class
 from cocodiff.cli.request import Request
-from cocodiff.cli.start import first_line, say
+from cocodiff.cli.start import counted, dtype_named, first_line, say
 from cocodiff.cli.together import on_all_ranks, this_rank
 from cocodiff.errors import CocodiffError, ConfigError
 
@@ -54,14 +54,16 @@ class Drawing:
         for name, path in (("image", request.image), ("mask_image", request.mask)):
             if path is not None:
                 self.call[name] = shared_image(path, self.job)
-        expected = None
+        expected, loaded = None, time.monotonic()
         with on_all_ranks(self.job, "drawing on one rank"):
             if request.compare and self.job.is_main:
+                say("drawing the reference on one rank first, for --compare ...")
                 expected = self._draw(pipe.to(self.job.device))
+        began += time.monotonic() - loaded  # the reference is no part of loading
         wrap_instance(pipe, request.config, self.job)
         loading = time.monotonic() - began
         if self.job.is_main:
-            say(f"loaded in {loading:.1f} s")
+            say(f"loaded in {loading:.1f} s{', without the reference' if request.compare else ''}")
         self._draw_and_report(pipe, expected, loading)
 
     def _draw_and_report(self, pipe: Any, expected: Any, loading: float) -> None:
@@ -83,7 +85,7 @@ class Drawing:
         if saved is None:
             return
         ranks, device = pipe.cocodiff.world_size, pipe.cocodiff.device.type
-        print(f"{saved}: {request.prompt!r} drawn by {ranks} rank(s) on {device}")
+        print(f"{saved}: {request.prompt!r} drawn by {counted(ranks)} on {device}")
         print(describe(found, loading))
         report = pipe.cocodiff.report()
         if request.report is not None:
@@ -131,9 +133,10 @@ class Drawing:
 
     def _say_what_comes(self, found: type, clip: bool) -> None:
         request, job = self.request, self.job
-        dtype = "float32" if request.is_tiny else request.dtype
-        where = f"{job.world_size} rank(s) on {job.device.type}" + (f", {job.backend}" if job.world_size > 1 else "")
-        say(f"loading {request.model} ({found.__name__}) in {dtype} for {where} ...")
+        if request.is_tiny and request.dtype is not None and dtype_named(request.dtype) != request.dtype_name:
+            say(f"--dtype {request.dtype} is not used: tiny pipelines run in {request.dtype_name}.")
+        where = f"{counted(job.world_size)} on {job.device.type}" + (f", {job.backend}" if job.world_size > 1 else "")
+        say(f"loading {request.model} ({found.__name__}) in {request.dtype_name} for {where} ...")
         if not request.is_tiny:
             return
         if request.model not in ("tiny", "tiny:flux"):

@@ -67,11 +67,12 @@ def generate(
     ] = Path("out.png"),
     ranks: Annotated[int | None, typer.Option(min=1, max=MOST_RANKS, help=RANKS_HELP)] = None,
     dtype: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Type of the weights: float32, bfloat16 (bf16) or float16 (fp16). Tiny pipelines run in float32."
+            help="Type of the weights: float32, bfloat16 (bf16) or float16 (fp16). If left out, bfloat16. Tiny "
+            "pipelines always run in float32."
         ),
-    ] = "bfloat16",
+    ] = None,
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
     exchange: Annotated[
         str, typer.Option(help="How a tensor crosses the ranks: flat, staged, or auto for the faster of the two.")
@@ -80,7 +81,7 @@ def generate(
         str,
         typer.Option(help="When exchanges start: v_first as early as they can, sequential in the textbook's order."),
     ] = "v_first",
-    cluster: Annotated[str, typer.Option(envvar="EMULATED_CLUSTER", help=CLUSTER_HELP)] = "auto",
+    cluster: Annotated[str, typer.Option(envvar="EMULATED_CLUSTER", show_envvar=False, help=CLUSTER_HELP)] = "auto",
     transmission: Annotated[
         str, typer.Option(help="What crosses slow links: exact, or with fewer bytes high, balanced or fast.")
     ] = "exact",

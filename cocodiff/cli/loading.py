@@ -6,13 +6,19 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+from cocodiff.cli.files import exists
 from cocodiff.cli.request import OPTIONS, Request, check_call
-from cocodiff.cli.start import dtype_named, first_line
+from cocodiff.cli.start import first_line
 from cocodiff.errors import CocodiffError, ConfigError
 
 NEEDED = {"WanImageToVideoPipeline": ("ftfy",)}  # packages that diffusers uses there without asking for them
+# Names of errors, of whatever HTTP library the hub's client uses, that mean: no answer, and no file in the cache.
+UNREACHABLE = {
+    "LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "TransportError", "Timeout", "gaierror",
+}  # fmt: skip
 # A tiny pipeline of video would draw the released model's 81 frames of 480 x 832.
 TINY_CLIP = {"height": 64, "width": 64, "num_frames": 17}
 
@@ -36,7 +42,7 @@ def pipeline_class(request: Request) -> type:
         if task not in tasks:
             raise ConfigError(f"--model {request.model}: there is none for {_options(request)}.")
         return getattr(diffusers, tasks[task])
-    with _as_config_error(f"--model {request.model}"):
+    with _as_config_error(request.model):
         index = diffusers.DiffusionPipeline.load_config(request.model)
     name = index.get("_class_name") if isinstance(index, dict) else None
     found = getattr(diffusers, str(name), None)
@@ -109,8 +115,8 @@ def load(request: Request, found: Any) -> Any:
         family = _family(request)
         tasks = {name: task for task, name in _tasks(family).items()}
         return tiny_pipeline(family, tasks[found.__name__])
-    with _as_config_error(f"--model {request.model}"):
-        return found.from_pretrained(request.model, dtype=getattr(torch, dtype_named(request.dtype)))
+    with _as_config_error(request.model):
+        return found.from_pretrained(request.model, dtype=getattr(torch, request.dtype_name))
 
 
 def _tasks(family: str) -> dict[str, str]:
@@ -120,15 +126,41 @@ def _tasks(family: str) -> dict[str, str]:
 
 
 @contextmanager
-def _as_config_error(what: str) -> Iterator[None]:
+def _as_config_error(model: str) -> Iterator[None]:
     """While inside, errors of libraries become a ConfigError in one line; the original is its cause."""
     try:
         yield
     except CocodiffError:
         raise
     except Exception as error:
-        words = f"{type(error).__name__}: {first_line(error)}"
-        raise ConfigError(f"{what}: cannot be loaded ({words}). --verbose says more.") from error
+        words = None if exists(Path(model)) else _of_the_hub(error, model)
+        words = words or f"cannot be loaded ({type(error).__name__}: {first_line(error).rstrip('.')})"
+        raise ConfigError(f"--model {model}: {words}. --verbose says more.") from error
+
+
+def _of_the_hub(error: BaseException, model: str) -> str | None:
+    """Return what is wrong, with the cure, if an error began in the hub's client; diffusers blames a missing file."""
+    from huggingface_hub import constants
+
+    names: set[str] = set()
+    seen: list[BaseException] = []
+    one: BaseException | None = error
+    while one is not None and one not in seen:
+        seen.append(one)
+        names |= {base.__name__ for base in type(one).__mro__}
+        one = one.__cause__ or one.__context__
+    download = f"hf download {model}"
+    if "GatedRepoError" in names:
+        return (
+            f"the model is gated. Accept its terms at https://huggingface.co/{model}, then: hf auth login && {download}"
+        )
+    if not names & UNREACHABLE:
+        return None
+    why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
+    return (
+        f"{why}, and the model is not, or not wholly, in the cache (HF_HOME={constants.HF_HOME}). Where there is "
+        f"internet, download it first: {download}"
+    )
 
 
 def check_sizes(request: Request, pipe: Any, call: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cocodiff.cli import files
-from cocodiff.cli.start import dtype_named
+from cocodiff.cli.start import counted, dtype_named
 from cocodiff.config import DEGREES, Config
 from cocodiff.errors import ConfigError
 from cocodiff.topology import load_cluster
@@ -69,6 +69,11 @@ class Request:
         return self.model.split(":")[0] == "tiny"
 
     @property
+    def dtype_name(self) -> str:
+        """The type of the weights, by torch's name. Tiny pipelines have float32 alone."""
+        return "float32" if self.is_tiny else dtype_named(self.dtype or "bfloat16")
+
+    @property
     def task(self) -> str:
         return "inpaint" if self.mask else "img2img" if self.image else "text2image"
 
@@ -101,7 +106,8 @@ class Request:
         Files are looked at on this host.
         """
         config = self.config
-        dtype_named(self.dtype)
+        if self.dtype is not None:
+            dtype_named(self.dtype)
         for option, number in (("--guidance", self.guidance), ("--true-cfg", self.true_cfg)):
             if number is not None and not (math.isfinite(number) and number >= 0):
                 raise ConfigError(f"{option} {number} is not a number of at least 0.")
@@ -132,7 +138,9 @@ class Request:
         product = math.prod(degrees.values())
         if product > ranks or ranks % product or (len(degrees) == len(DEGREES) and product != ranks):
             words = " x ".join(f"--{name.replace('_', '-')} {degree}" for name, degree in degrees.items())
-            raise ConfigError(f"{words} do not fit {ranks} rank(s): they must multiply to that number.")
+            does, it = ("does", "it") if len(degrees) == 1 else ("do", "their product")
+            must = "be" if len(degrees) == len(DEGREES) else "divide"
+            raise ConfigError(f"{words} {does} not fit {counted(ranks)}: {it} must {must} that number.")
 
 
 def _check_model_name(model: str) -> None:

@@ -34,6 +34,11 @@ def dtype_named(text: str) -> str:
     return DTYPES[text]
 
 
+def counted(ranks: int) -> str:
+    """Return "1 rank" or "2 ranks"."""
+    return f"{ranks} rank{'' if ranks == 1 else 's'}"
+
+
 def start_ranks(ranks: int) -> int:
     """Run the command of this process on that many local ranks, and return the exit status.
 

@@ -33,8 +33,8 @@ def this_rank() -> tuple[int, int]:
     return ranks.rank, ranks.world_size
 
 
-def say_once(text: str, patience_seconds: float = _PATIENCE_SECONDS) -> None:
-    """Print an error that ends the command. Where ranks fail alike, rank 0 alone prints it.
+def say_once(text: str, patience_seconds: float = _PATIENCE_SECONDS) -> bool:
+    """Print an error that ends the command, and return whether this rank did. Where ranks fail alike, rank 0 does.
 
     A rank that fails otherwise, or alone, prints its own after a little patience. Ranks that have not joined yet have
     no way to hear of rank 0: they give the launcher that time to end them.
@@ -45,12 +45,13 @@ def say_once(text: str, patience_seconds: float = _PATIENCE_SECONDS) -> None:
         print(f"cocodiff: {text}", file=sys.stderr, flush=True)
         if store is not None:
             _tell(store, text, world_size, patience_seconds)
-        return
+        return True
     if store is None:
         time.sleep(patience_seconds)
     elif _heard(store, patience_seconds) == text:
-        return
+        return False
     print(f"cocodiff (rank {rank}): {text}", file=sys.stderr, flush=True)
+    return True
 
 
 def _store() -> Any:

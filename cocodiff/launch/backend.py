@@ -120,6 +120,20 @@ def shared_devices(places: Sequence[tuple[str | None, str | None]]) -> str:
     )
 
 
+def idle_devices(launcher: str, device: torch.device) -> str:
+    """Return what to warn of where one rank uses one of several devices that it sees, and no launcher started it.
+
+    The empty string where there is nothing to warn of: a launcher was asked for one rank, or there is one device.
+    """
+    num_devices = _visible_devices(device.type)[1]
+    if launcher != "none" or num_devices < 2:
+        return ""
+    return (
+        f"one rank: no launcher's variables were found, and {num_devices} {device.type} devices are visible, of which "
+        f"{device} alone is used. To use all: torchrun --nproc-per-node {num_devices}, or mpiexec -n {num_devices}"
+    )
+
+
 def choose_backend(device_type: str) -> tuple[str, str]:
     """Return the name of the backend for tensors on `device_type`, and one sentence that says why.
 

@@ -14,6 +14,9 @@ from cocodiff.launch.words import rank_words
 # A look counts for at most this long. A process that was stopped itself does not hold that against others.
 _MOST_SECONDS_A_LOOK = 3.0
 STORE_GONE = "the run's store is gone: rank 0, or its launcher, ended"
+EVERY_CALL = (
+    "Every rank must make every call (rank 0 alone saves). If that rank failed before it, its own output says why"
+)
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ class View:
         ended = [rank for rank, sign in self.signs.items() if sign is not None and sign.ended]
         early = [rank for rank in ended if self.behind(rank)]
         if early:
-            return f"{rank_words(early)} ended before this call"
+            return f"{rank_words(early)} ended before this call. {EVERY_CALL}"
         return STORE_GONE if self.gone and 0 not in ended else None
 
 

@@ -121,11 +121,22 @@ def _world_communicator(ranks: Ranks, waits: Waits) -> Any:
         library = MPI.Get_library_version().splitlines()[0].strip(" \0")
         raise LaunchError(
             f"the launcher ({ranks.launcher}) started {ranks.world_size} ranks and calls this one "
-            f"{ranks.rank}, but MPI library {library} sees {rank} of {size}: mpiexec and mpi4py belong to "
-            "different MPIs; build mpi4py against the launcher's MPI (pip install --no-binary mpi4py "
-            "mpi4py), use the mpiexec that belongs to mpi4py's, or set MASTER_ADDR and MASTER_PORT"
+            f"{ranks.rank}, but MPI library {library} sees {rank} of {size}: {_mpi_cure(ranks.launcher)}"
         )
     return comm
+
+
+def _mpi_cure(launcher: str) -> str:
+    if launcher == "slurm" or "SLURM_STEP_ID" in os.environ:  # srun --mpi=pmix sets PMIx's variables, too
+        return (
+            "set MASTER_ADDR and MASTER_PORT to rank 0's host and a free port there, as scripts/cluster.slurm does: "
+            "then no MPI is needed. Or, since srun and mpi4py belong to different MPIs, build mpi4py against the "
+            "cluster's MPI and start with one of what `srun --mpi=list` says, such as srun --mpi=pmix"
+        )
+    return (
+        "mpiexec and mpi4py belong to different MPIs; build mpi4py against the launcher's MPI (pip install --no-binary "
+        "mpi4py mpi4py), use the mpiexec that belongs to mpi4py's, or set MASTER_ADDR and MASTER_PORT"
+    )
 
 
 def _listen(address: str, port: int) -> socket.socket | None:

@@ -54,7 +54,7 @@ def test_the_demo_starts_local_ranks_and_compares_with_one(tmp_path):
         cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0 and (tmp_path / "demo.png").stat().st_size > 500, done.stdout + done.stderr
-    assert "installing" not in done.stdout and "drawn by 2 rank(s)" in done.stdout, done.stdout
+    assert "installing" not in done.stdout and "drawn by 2 ranks on cpu" in done.stdout, done.stdout
     assert float(done.stdout.split("against one rank")[1].split("relative error ")[1].split()[0]) < 1e-5, done.stdout
     assert all(word in done.stderr for word in ("loading tiny", "triangle, white, yellow", "loaded in"))
     assert done.stderr.count("loading tiny") == 1 and re.search(r"each further [\d.]+, decode", done.stdout)

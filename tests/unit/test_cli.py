@@ -70,8 +70,8 @@ GOOD = [
 BAD = {  # arguments of generate -> words of the one line
     "": "--prompt",
     "--prompt": "requires an argument",
-    "--prompt a --heigth 64": "--heigth",
-    "--prompt a b": "unexpected extra argument",
+    "--prompt a --heigth 64": "--height",
+    "--prompt a b": "(b). `",
     "--prompt a --steps 0": "--steps",
     "--prompt a --steps -1": "--steps",
     "--prompt a --steps 2.5": "--steps",
@@ -130,9 +130,9 @@ BAD = {  # arguments of generate -> words of the one line
     "--prompt a --ranks 100000": "--ranks",
     "--prompt a --ranks two": "--ranks",
     "--prompt a --ranks 1 --trace t": "--trace: on one rank",
-    "--prompt a --ranks 4 --cfg-degree 3": "--cfg-degree 3 do not fit 4",
-    "--prompt a --ranks 4 --ring-degree 2 --ulysses-degree 4": "do not fit 4",
-    "--prompt a --ranks 4 --cfg-degree 1 --ring-degree 1 --ulysses-degree 1": "do not fit 4",
+    "--prompt a --ranks 4 --cfg-degree 3": "--cfg-degree 3 does not fit 4 ranks: it must divide that number.",
+    "--prompt a --ranks 4 --ring-degree 2 --ulysses-degree 4": "do not fit 4 ranks: their product must divide",
+    "--prompt a --ranks 4 --cfg-degree 1 --ring-degree 1 --ulysses-degree 1": "their product must be that",
     "--prompt a --ranks 2 --ring-degree 0": "--ring-degree",
 }
 BENCH = {

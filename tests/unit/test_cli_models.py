@@ -133,6 +133,55 @@ def test_a_folder_that_is_no_model_is_one_line(tmp_path, index, words):
     assert "\n" not in str(caught.value)
 
 
+def _chain(*kinds):
+    """An error as diffusers raises it: of a missing file, while it handled these, the last one first."""
+    error = None
+    for kind in reversed(kinds):
+        one = kind("lower down")
+        one.__context__, error = error, one
+    last = OSError("owner/name does not appear to have a file named model_index.json.")
+    last.__context__ = error
+    return last
+
+
+def _error(name, base=OSError):
+    return type(name, (base,), {})
+
+
+MISSING = _error("EntryNotFoundError")
+HUB = [  # errors below diffusers' own -> words; None where the hub is not to blame
+    ([_error("LocalEntryNotFoundError", MISSING)], "the hub cannot be reached, and the model is not.*HF_HOME=.*: hf d"),
+    ([MISSING, _error("OfflineModeIsEnabled", ConnectionError)], "hf download owner/name"),
+    ([_error("ConnectTimeout", _error("TransportError", Exception))], "hf download owner/name"),
+    ([ConnectionRefusedError], "hf download owner/name"),
+    ([_error("GatedRepoError")], "the model is gated.*https://huggingface.co/owner/name, then: hf auth login"),
+    ([MISSING], None),
+    ([], None),
+]
+
+
+@pytest.mark.parametrize("below, words", HUB)
+def test_a_hub_that_is_not_reached_is_not_a_missing_file(below, words):
+    with pytest.raises(ConfigError, match=words or "cannot be loaded .OSError: owner/name does not appear") as caught:
+        with loading._as_config_error("owner/name"):
+            raise _chain(*below)
+    said = str(caught.value)
+    assert "\n" not in said and said.endswith("--verbose says more.") and isinstance(caught.value.__cause__, OSError)
+    assert (words is None) == ("model_index.json" in said), said
+
+
+def test_a_hub_that_is_switched_off_is_said(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match="HF_HUB_OFFLINE is set, and the model is not"):
+        with loading._as_config_error("owner/name"):
+            raise _chain(HUB[0][0][0])
+
+
+def test_control_of_a_folder_the_hub_is_not_blamed(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be loaded"), loading._as_config_error(str(tmp_path)):
+        raise _chain(ConnectionError)
+
+
 def test_a_folder_starts_from_a_picture_by_the_class_for_that(tmp_path):
     def named(name, **options):
         (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))

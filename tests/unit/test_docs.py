@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer.main
 
+import cocodiff
 from cocodiff.cli import app
 from cocodiff.topology import Cluster
 from tests.distributed.draws import ALL, LIMIT, MESHES
@@ -75,13 +78,11 @@ def test_cluster_files_in_the_pages_can_be_read() -> None:
 def fault_of_command(line: str) -> str | None:
     """What does not exist of a command that a page shows; None if nothing is wrong or it is not ours."""
     words = [word for word in shlex.split(line) if not re.fullmatch(r"[A-Z_]+=\S*", word)]
-    if "cocodiff.cli" in words:
-        words = ["cocodiff", *words[words.index("cocodiff.cli") + 1 :]]
-    elif "$(which" in words:
-        words = words[words.index("cocodiff)") :]
+    if ("-m", "cocodiff") in pairwise(words):
+        words = words[words.index("-m") + 1 :]
     elif "--" in words:
         words = words[words.index("--") + 1 :]
-    program = words[0].rstrip(")") if words else ""
+    program = words[0] if words else ""
     if program.startswith(("scripts/", "benchmarks/")):
         return None if (ROOT / program).is_file() else f"there is no {program}"
     if program == "python" and words[1:2] == ["-m"] and words[2].split(".")[0] in ("benchmarks", "tests"):
@@ -103,13 +104,21 @@ def fault_of_command(line: str) -> str | None:
 def test_commands_in_the_pages_exist_with_their_options() -> None:
     lines = [line for block in all_blocks() if block.language == "bash" for line in commands(block.text)]
     inline = [code for path in PAGES for code in inline_code(path.read_text())]
-    lines += [code for code in inline if re.match(r"(cocodiff|python -m|scripts/\w+|benchmarks/\w+) ", code)]
+    lines += [code for code in inline if re.match(r"(cocodiff|torchrun|python -m|scripts/\w+|benchmarks/\w+) ", code)]
     assert len(lines) > 30
     assert {line: fault for line in lines if (fault := fault_of_command(line))} == {}
 
 
 @pytest.mark.parametrize(
-    "line", ["cocodiff draw", "cocodiff generate --speed 2", "scripts/tset x", "python -m tests.tables"]
+    "line",
+    [
+        "cocodiff draw",
+        "cocodiff generate --speed 2",
+        "scripts/tset x",
+        "python -m tests.tables",
+        "torchrun --nproc-per-node 8 -m cocodiff bench --speed 2",
+        "python -m cocodiff draw",
+    ],  # fmt: skip
 )
 def test_control_a_command_that_does_not_exist_is_found(line: str) -> None:
     assert fault_of_command(line) is not None
@@ -124,3 +133,17 @@ def test_files_that_the_pages_name_exist() -> None:
         if named.fullmatch(code) and not (ROOT / code.split("::")[0]).exists()
     ]
     assert lost == []
+
+
+def lost_of_the_api(page: str) -> list[str]:
+    """Public names and settings that the table, which needs no build, does not have."""
+    table = page[: page.index("\n::: ")]
+    named = [f"cocodiff.{name}" for name in cocodiff.__all__] + [field.name for field in fields(cocodiff.Config)]
+    named += ["rank", "world_size", "is_main", "device", "mesh", "plan", "report()"]
+    return [name for name in named if not re.search(rf"[`.]{re.escape(name)}(?!\w)", table)]
+
+
+def test_the_api_is_listed_without_a_build() -> None:
+    page = (ROOT / "docs" / "api.md").read_text()
+    assert lost_of_the_api(page) == []
+    assert lost_of_the_api(page.replace("`pieces`", "").replace(".plan`", "`")) == ["pieces", "plan"]  # control

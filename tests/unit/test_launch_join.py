@@ -114,10 +114,20 @@ def test_no_address_under_torchruns_variables_names_the_cure(no_master):
         open_store(Ranks(1, 1, 2, 2, "torchrun"), QUICK)
 
 
-@pytest.mark.parametrize("launcher", ["pmi", "slurm"])
-def test_a_foreign_mpi_is_named(launcher, no_master, monkeypatch):
+@pytest.mark.parametrize(
+    ("launcher", "step", "cure"),
+    [
+        ("pmi", None, "mpiexec and mpi4py belong to different MPIs.*MASTER_ADDR"),
+        ("slurm", None, "set MASTER_ADDR and MASTER_PORT .*no MPI is needed.*srun --mpi=pmix"),
+        ("pmix", "0", "set MASTER_ADDR and MASTER_PORT .*no MPI is needed.*srun --mpi=pmix"),
+    ],
+)
+def test_a_foreign_mpi_is_named(launcher, step, cure, no_master, monkeypatch):
     fake_mpi(monkeypatch, 0, 1)
-    with pytest.raises(LaunchError, match=r"started 4 ranks.*MPI library Some MPI 1\.2 sees 0 of 1.*MASTER_ADDR"):
+    monkeypatch.delenv("SLURM_STEP_ID", raising=False)
+    if step is not None:
+        monkeypatch.setenv("SLURM_STEP_ID", step)
+    with pytest.raises(LaunchError, match=rf"started 4 ranks.*MPI library Some MPI 1\.2 sees 0 of 1: {cure}"):
         open_store(Ranks(0, 0, 4, 4, launcher), QUICK)
 
 

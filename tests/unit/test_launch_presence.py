@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from cocodiff.errors import LaunchError
-from cocodiff.launch.presence import Lookout, Sign, Verdict, View
+from cocodiff.launch.presence import EVERY_CALL, Lookout, Sign, Verdict, View
 from cocodiff.launch.waits import Waits
 
 WAITS = Waits(notice_seconds=30, absent_seconds=600, silent_seconds=300)
@@ -133,7 +133,7 @@ def test_one_rank_speaks_for_all_that_wait():
         (dict(report="rank 1 failed in a call: ValueError"), "rank 1 failed in a call: ValueError"),
         (dict(signs={1: Sign(call=2, depth=0)}), "rank 1 left a call; this rank is inside"),
         (dict(signs={1: Sign(call=3, depth=1)}), "rank 1 left a call; this rank is inside"),
-        (dict(signs={1: Sign(call=1, ended=1)}), "rank 1 ended before this call"),
+        (dict(signs={1: Sign(call=1, ended=1)}), f"rank 1 ended before this call. {EVERY_CALL}"),
         (dict(gone=True), "the run's store is gone: rank 0, or its launcher, ended"),
     ],
 )
