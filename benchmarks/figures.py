@@ -214,10 +214,19 @@ def method_table() -> str:
     return table(["method", *(f"{'K, V' if way == 'ring' else 'Q, K, V, O'}: {share}" for way, share in cases)], rows)
 
 
+def planned(part: str, what: str) -> str:
+    """How well the planner's model predicts: "mean" or "most", of the runs of "calibration" or "test"."""
+    table = (RESULTS / "planner" / "meshes.md").read_text()
+    found = re.search(rf"^{part}: .* mean error (?P<mean>[\d.]+)%, most (?P<most>[\d.]+)%", table, re.M)
+    assert found is not None, part
+    return f"{float(found[what]):.0f} %"
+
+
 FIGURES: Mapping[str, Callable[..., str]] = {
     "speedup": speedup, "speedup-least": speedup_least,
     "communication": communication, "over-limit": over_limit, "extreme": extreme, "link": link, "psnr": psnr,
     "ring-gain": ring_gain, "right": right, "cell": cell, "neighbours": neighbours,
+    "planned": planned,
 }  # fmt: skip
 TABLES: Mapping[str, Callable[..., str]] = {
     "speed": speed_table, "short-speed": short_speed_table, "meshes": mesh_table, "selective": selective_table,

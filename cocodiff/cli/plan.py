@@ -33,7 +33,7 @@ def plan(
     memory: Annotated[str | None, typer.Option(help="Of a rank's device, as 64GB; by default the device's.")] = None,
     top: Annotated[int, typer.Option(help="How many plans to show.")] = 5,
     out: Annotated[Path | None, typer.Option(help="Write the best plan here, for wrap(pipe, plan=FILE).")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the plans as JSON.")] = False,
 ) -> None:
     """Say which plan is fastest in a model of the machine, without weights, GPUs or ranks. Nothing is measured."""
     where, name = _cluster(cluster)

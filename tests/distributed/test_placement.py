@@ -1,6 +1,7 @@
 """Placed meshes on real ranks: every spreading and order draws what one rank draws, and a wrong map is seen."""
 
 import dataclasses
+import json
 import sys
 
 from tests.distributed.draws import LIMIT
@@ -145,3 +146,34 @@ def test_every_placement_draws_what_one_rank_draws_and_a_wrong_map_is_seen():
         for error, share, held, computed in coded:
             assert error < 0.3 and share < 0.5 and held == computed
         assert broken > 100 * LIMIT
+
+
+def _planned(folder, expected):
+    """A plan of a file: the error and the mesh; then ranks with different files."""
+    import os
+
+    import pytest
+
+    import cocodiff
+    from cocodiff.errors import MismatchError
+
+    pipe = cocodiff.wrap(_pipeline(), cluster=_cluster(), plan=folder / "plan.json")
+    error, mesh = relative_error(pipe(**_call()).images, expected), pipe.cocodiff.mesh
+    cocodiff.unwrap(pipe)
+    os.chdir(folder / os.environ["RANK"])  # one name, and what is in the file differs
+    with pytest.raises(MismatchError) as told:
+        cocodiff.wrap(_pipeline(), cluster=_cluster(), plan="plan.json")
+    return error, str(mesh.placement), str(told.value)
+
+
+def test_a_plan_file_places_the_ranks_and_must_be_the_same_on_all(tmp_path):
+    plan = {"cfg_degree": 1, "ring_degree": 2, "ulysses_degree": 2, "exchange": "flat", "pieces": 2}
+    placement = {"cfg": [1, 1], "ring": [2, 1], "ulysses": [1, 2], "order": [0, 3, 1, 2]}
+    for place in (".", "0", "1", "2", "3"):
+        plan["placement"] = None if place == "1" else placement
+        (tmp_path / place).mkdir(exist_ok=True)
+        (tmp_path / place / "plan.json").write_text(json.dumps({"schema": "cocodiff-plan/1", "plans": [plan]}))
+    expected = run_ranks(1, _references)[0][0]
+    for error, placed, told in run_ranks(4, _planned, tmp_path, expected):
+        assert error < LIMIT and placed.endswith("in the order 0 3 1 2")
+        assert "RunPlan" in told, told

@@ -10,7 +10,11 @@ from typer.testing import CliRunner
 
 from benchmarks.planned import RESULTS, concordance, predict, seconds_of
 from cocodiff.cli import app
+from cocodiff.config import Config
 from cocodiff.errors import ConfigError
+from cocodiff.parallel.placement import Placement
+from cocodiff.plan import ModelFacts
+from cocodiff.planner import plan_run
 from cocodiff.planner import search as searching
 from cocodiff.planner.explain import parts
 from cocodiff.planner.rates import DEVICES, rates_of
@@ -120,3 +124,62 @@ def test_bad_requests_name_the_cure(arguments, words):
 
 def test_devices_of_clusters_known_by_name():
     assert rates_of(None, "aurora").name == "max1550-tile" and rates_of("cpu", "aurora").name == "cpu"
+
+
+def test_a_plan_file_is_what_wrap_plans_by(tmp_path):
+    out = tmp_path / "plan.json"
+    cluster = tmp_path / "slow.json"
+    cluster.write_text(SLOW.to_json())
+    text = _said("--model", "shape:sd35-medium", "--cluster", str(cluster), "--device", "h100", "--height", "256",
+                 "--width", "256", "--cfg", "--out", str(out))  # fmt: skip
+    assert "cocodiff.wrap(pipe, plan=" in text
+    model = ModelFacts(24, 1536, 2)
+    planned = plan_run(Config(plan=out), SLOW, "cuda", model)
+    first = json.loads(out.read_text())["plans"][0]
+    counts = tuple(first[f"{axis}_degree"] for axis in ("cfg", "ring", "ulysses"))
+    assert (planned.degrees.counts, planned.exchange, planned.pieces) == (counts, first["exchange"], first["pieces"])
+    first["placement"] = {"cfg": [1, 1], "ring": [2, 1], "ulysses": [1, 2], "order": [0, 2, 1, 3]}
+    first |= {"cfg_degree": 1, "ring_degree": 2, "ulysses_degree": 2}
+    _write(out, first)
+    placed = plan_run(Config(plan=out), SLOW, "cuda", model).placement
+    assert placed == Placement((1, 1), (2, 1), (1, 2), (0, 2, 1, 3))
+
+
+def _write(out, plan):
+    out.write_text(json.dumps({"schema": "cocodiff-plan/1", "plans": [plan]}))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"ulysses_degree": 8}, "is for 8 ranks, and these are 4"),
+        ({"ulysses_degree": 0}, "is damaged"),
+        ({"pieces": None}, "is damaged"),
+        ({"placement": {"cfg": [1]}}, "is damaged"),
+        ({"placement": {"cfg": [1], "ring": [1], "ulysses": [4], "order": None}}, "but the cluster has 2 x 2"),
+        ({"exchange": "auto"}, "is damaged"),
+    ],
+)
+def test_a_plan_that_cannot_be_used_is_refused(change, words, tmp_path):
+    good = {"cfg_degree": 1, "ring_degree": 1, "ulysses_degree": 4, "exchange": "flat", "pieces": 1, "placement": None}
+    out = tmp_path / "plan.json"
+    _write(out, good)
+    assert plan_run(Config(plan=str(out)), SLOW, "cpu", ModelFacts(24, 1536, 2)).degrees.ulysses == 4
+    with pytest.raises(ConfigError, match="attention heads cannot be shared"):
+        plan_run(Config(plan=str(out)), SLOW, "cpu", ModelFacts(2, 128, 2))
+    _write(out, good | change)
+    with pytest.raises(ConfigError, match=words):
+        plan_run(Config(plan=str(out)), SLOW, "cpu", ModelFacts(24, 1536, 2))
+
+
+def test_files_that_are_no_plans_and_settings_beside_one(tmp_path):
+    other = tmp_path / "other.json"
+    other.write_text("[]")
+    with pytest.raises(ConfigError, match="is no plan"):
+        plan_run(Config(plan=other), SLOW, "cpu", ModelFacts(24, 1536, 2))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        plan_run(Config(plan=tmp_path / "none.json"), SLOW, "cpu", ModelFacts(24, 1536, 2))
+    with pytest.raises(ConfigError, match="leave out ring_degree=2, exchange='flat'"):
+        Config(plan="plan.json", ring_degree=2, exchange="flat")
+    with pytest.raises(ConfigError, match="not the path"):
+        Config(plan=3)
