@@ -63,8 +63,11 @@ class Fabric:
         self._first = np.concatenate([[0], np.cumsum([2 * count for count in parts])])  # out, then in, of each level
         capacity = []
         for level, count, ranks in zip(cluster.levels, parts, inner, strict=True):
-            capacity += [level.bandwidth_gbs * 1e9 * ranks] * (2 * count)
-        self._capacity = np.array(capacity)
+            of_part = np.full(count, level.bandwidth_gbs)
+            for part, gbs in level.part_gbs:
+                of_part[part] = gbs
+            capacity += [of_part * 1e9 * ranks] * 2  # out and in
+        self._capacity = np.concatenate(capacity)
 
     @property
     def num_links(self) -> int:

@@ -25,7 +25,7 @@ def meshes(num_ranks: int, heads: int, guided: bool) -> Iterator[Degrees]:
 
 
 def spreadings(sizes: tuple[int, ...], degrees: Degrees) -> list[Placement | None]:
-    """Every placement of a mesh, the launcher's order first, which is None.
+    """Every placement of a mesh in the launcher's order; first the default one, which is None.
 
     >>> [str(one) for one in spreadings((2, 2), Degrees(1, 2, 2))]
     ['None', 'cfg 1.1 x ring 2.1 x ulysses 1.2']

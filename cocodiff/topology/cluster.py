@@ -18,6 +18,8 @@ Rank numbers run fastest through the innermost level, as launchers assign them. 
   for as many as the run has.
 - `bandwidth_gbs`: what one rank can send through this level in one direction, in 1e9 bytes per second.
 - `latency_us`: the cost of one message through this level, in microseconds.
+- `part_gbs` (optional, none): pairs of a part's number and what one rank in it can send instead, as
+  `[[2, 0.5]]` for a node whose cable is worse. Parts are counted over the whole cluster, from 0, in rank order.
 - `slow` (optional, null): whether selective transmission sends fewer bytes through this level; null lets
   `Cluster.slow` decide.
 - `flat_efficiency` (optional, 1.0): the share, measured and at most 1, of the slowest level's bandwidth that one flat
@@ -33,42 +35,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from cocodiff.errors import ConfigError
+from cocodiff.topology.level import Level, check_label, check_positive, is_int
 from cocodiff.topology.measured import Measured
 
 # A link with less than this share of the bandwidth of the level inside it is slow, unless the level says otherwise.
 _SLOW_SHARE = 0.25
-
-
-@dataclass(frozen=True)
-class Level:
-    """One level of a cluster and the link that joins its parts.
-
-    `bandwidth_gbs` is that of one rank in one direction, in 1e9 bytes per second; `latency_us` is that of one message,
-    in microseconds. `size` None (only on the outermost level of a cluster) follows from the number of ranks.
-    `slow` None lets `Cluster.slow` decide. Raises `ConfigError` for impossible values.
-    """
-
-    name: str
-    size: int | None
-    bandwidth_gbs: float
-    latency_us: float
-    slow: bool | None = None
-
-    def __post_init__(self) -> None:
-        where = f"level {self.name!r}"
-        _check_name(self.name, "level")
-        if self.size is not None and (not _is_int(self.size) or self.size < 1):
-            raise ConfigError(f"{where}: size must be a positive whole number or null, not {self.size!r}")
-        _check_positive(self.bandwidth_gbs, "bandwidth_gbs", where)
-        _check_positive(self.latency_us, "latency_us", where)
-        if self.slow is not None and not isinstance(self.slow, bool):
-            raise ConfigError(f"{where}: slow must be true, false or null, not {self.slow!r}")
 
 
 @dataclass(frozen=True)
@@ -86,7 +62,7 @@ class Cluster:
     measured: Measured | None = None
 
     def __post_init__(self) -> None:
-        _check_name(self.name, "cluster")
+        check_label(self.name, "cluster")
         where = f"cluster {self.name!r}"
         if not isinstance(self.levels, tuple) or not all(isinstance(level, Level) for level in self.levels):
             raise ConfigError(f"{where}: levels must be a tuple of Level, not {self.levels!r}")
@@ -98,7 +74,7 @@ class Cluster:
         for level in self.levels[:-1]:
             if level.size is None:
                 raise ConfigError(f"{where}: only the outermost level may leave its size open, not {level.name!r}")
-        _check_positive(self.flat_efficiency, "flat_efficiency", where)
+        check_positive(self.flat_efficiency, "flat_efficiency", where)
         if self.flat_efficiency > 1:
             raise ConfigError(f"{where}: flat_efficiency is a share of at most 1, not {self.flat_efficiency}")
 
@@ -134,7 +110,7 @@ class Cluster:
         that they do not fill shrinks, and all levels outside it get size 1. Raises `ConfigError` if a full level does
         not divide the number of units inside it, or if there are more ranks than the levels hold.
         """
-        if not _is_int(num_ranks) or num_ranks < 1:
+        if not is_int(num_ranks) or num_ranks < 1:
             raise ConfigError(f"cluster {self.name!r}: the number of ranks must be at least 1, not {num_ranks!r}")
         remaining = num_ranks
         resolved: list[Level] = []
@@ -144,6 +120,11 @@ class Cluster:
                 raise ConfigError(
                     f"cluster {self.name!r}: level {level.name!r} has {size} parts, which do not divide the "
                     f"{remaining} units that {num_ranks} ranks fill; {self._legal_near(num_ranks)}"
+                )
+            if beyond := [part for part, _ in level.part_gbs if part >= remaining]:
+                raise ConfigError(
+                    f"cluster {self.name!r}: level {level.name!r} has {remaining} parts on {num_ranks} ranks, numbered "
+                    f"from 0, and part_gbs names {beyond[0]}"
                 )
             resolved.append(dataclasses.replace(level, size=size))
             remaining //= size
@@ -157,13 +138,16 @@ class Cluster:
     def with_sizes(self, sizes: tuple[int, ...]) -> Cluster:
         """Return a cluster of some of these ranks: the same links with other sizes.
 
-        Times that were measured are dropped, since they are those of exchanges among all ranks.
+        Times that were measured are dropped, since they are those of exchanges among all ranks, and so are the rates of
+        single parts, which have other numbers there.
         """
         if sizes == self.sizes:
             return self
         levels = zip(self.levels, sizes, strict=True)
         return dataclasses.replace(
-            self, levels=tuple(dataclasses.replace(level, size=size) for level, size in levels), measured=None
+            self,
+            levels=tuple(dataclasses.replace(level, size=size, part_gbs=()) for level, size in levels),
+            measured=None,
         )
 
     def to_json(self) -> str:
@@ -188,7 +172,7 @@ class Cluster:
         levels = []
         for index, item in enumerate(fields["levels"]):
             required = {"name", "size", "bandwidth_gbs", "latency_us"}
-            levels.append(Level(**_checked_keys(item, required, {"slow"}, f"levels[{index}]")))
+            levels.append(Level(**_checked_keys(item, required, {"slow", "part_gbs"}, f"levels[{index}]")))
         if fields.get("measured") is not None:
             keys = {"ranks", "flat", "staged"}
             fields["measured"] = Measured(**_checked_keys(fields["measured"], keys, set(), "measured"))
@@ -259,22 +243,6 @@ class Cluster:
             inner_ranks *= level.size or 1
         text = f"the nearest rank counts that fit are {max(below)}"
         return f"{text} and {min(above)}" if above else f"the nearest rank count that fits is {max(below)}"
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _check_name(name: object, what: str) -> None:
-    if not isinstance(name, str) or not name:
-        raise ConfigError(f"the name of a {what} must be a non-empty text, not {name!r}")
-
-
-def _check_positive(value: object, key: str, where: str) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    # The upper limit also refuses integers that no float can hold.
-    if not is_number or not 0 < value <= sys.float_info.max:  # type: ignore[operator]
-        raise ConfigError(f"{where}: {key} must be a positive, finite number, not {value!r}")
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

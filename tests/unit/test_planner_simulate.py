@@ -121,3 +121,11 @@ def test_flows_of_exchanges():
     assert max(slower.seconds) == pytest.approx(2 * max(one.seconds))
     level = flow("level 1", (100, 100), Degrees(1, 1, 4))
     assert max(level.seconds) == pytest.approx(2 * 100 / 0.2e9) and np.count_nonzero(level.seconds) == 4
+
+
+def test_a_part_with_a_worse_link_holds_all_back():
+    levels = CLUSTER.levels[0], Level("node", 2, 0.1, 10.0, part_gbs=((1, 0.025),))
+    even = flow("ulysses", (100,) * 4, Degrees(1, 1, 4))
+    uneven = flow("ulysses", (100,) * 4, Degrees(1, 1, 4), cluster=Cluster("c", levels))
+    assert max(uneven.seconds) == pytest.approx(4 * max(even.seconds))
+    assert sum(uneven.seconds > max(even.seconds) * 1.1) == 2, "its way out and its way in"
