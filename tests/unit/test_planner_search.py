@@ -92,7 +92,7 @@ SMALL = ("--model", "shape:sd35-medium", "--cluster", "single-node:4", "--device
 
 def test_the_command_says_which_why_and_how_sure():
     text = _said(*SMALL, "--width", "256", "--cfg", "--top", "3")
-    for words in ("MODELLED", "Not 2:", "1 spends: compute", "Confidence", "cocodiff.wrap(pipe, cfg_degree=2", "GB"):
+    for words in ("MODELLED", "Not 2:", "1 spends: compute", "Confidence", "cocodiff.wrap(pipe, plan=", "GB"):
         assert words in text, text
     found = json.loads(_said(*SMALL, "--width", "256", "--json"))
     assert found["modelled"] and found["schema"] == "cocodiff-plan/1" and found["plans"][0]["seconds_per_step"] > 0
