@@ -160,7 +160,7 @@ def mesh_table() -> str:
             found = next((by_ring[ring] for ring in rings if ring in by_ring), None)
             shown = "does not run" if found is None else f"{found:.2f} s" if base is None else f"{base / found:.2f}x"
             cells.append(f"**{shown}**" if found == best else shown)
-        levels = tuple(Level(*map(level.get, Level.__dataclass_fields__)) for level in one["cluster"]["levels"])
+        levels = tuple(Level(**level) for level in one["cluster"]["levels"])
         degrees = choose_degrees(Cluster("c", levels), one["shape"]["heads"], long=one["shape"]["family"] == "wan")
         slower = by_ring[degrees.ring] / best - 1
         taken = f"ring {degrees.ring}: " + ("best" if not slower else f"{slower:.0%} slower".replace("%", " %"))

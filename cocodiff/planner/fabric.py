@@ -7,7 +7,7 @@ ports, the node through its NICs. A message crosses the link of the outermost le
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -83,6 +83,13 @@ class Fabric:
             return int(axis.removeprefix("level "))
         return 0 if axis == "alone" else outermost(self._spread[axis])
 
+    def _crossings(self, level: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.bool_]]]:
+        """Each level, and which messages cross its links, from the outermost level of each message."""
+        for one, described in enumerate(self._cluster.levels):
+            mine = (level >= one) if described.on_the_way else (level == one)
+            if mine.any():
+                yield one, mine
+
     def crossed(self, axis: str) -> int:
         """How many levels an axis crosses."""
         return sum(size > 1 for size in self._spread[axis])
@@ -115,8 +122,7 @@ class Fabric:
             here, peer, weight = groups.ravel(), there.ravel(), np.tile(amounts, len(groups))
             level = _outer_level(self._unit, here, peer)
             levels |= set(level.tolist())
-            for one in set(level.tolist()):
-                mine = level == one
+            for one, mine in self._crossings(level):
                 count = (self._first[one + 1] - self._first[one]) // 2
                 np.add.at(sent, self._first[one] + self._unit[one][here[mine]], weight[mine])
                 np.add.at(sent, self._first[one] + count + self._unit[one][peer[mine]], weight[mine])

@@ -20,6 +20,7 @@ Rank numbers run fastest through the innermost level, as launchers assign them. 
 - `latency_us`: the cost of one message through this level, in microseconds.
 - `part_gbs` (optional, none): pairs of a part's number and what one rank in it can send instead, as
   `[[2, 0.5]]` for a node whose cable is worse. Parts are counted over the whole cluster, from 0, in rank order.
+- `on_the_way` (optional, false): whether messages through outer levels cross this link, too.
 - `slow` (optional, null): whether selective transmission sends fewer bytes through this level; null lets
   `Cluster.slow` decide.
 - `flat_efficiency` (optional, 1.0): the share, measured and at most 1, of the slowest level's bandwidth that one flat
@@ -172,7 +173,9 @@ class Cluster:
         levels = []
         for index, item in enumerate(fields["levels"]):
             required = {"name", "size", "bandwidth_gbs", "latency_us"}
-            levels.append(Level(**_checked_keys(item, required, {"slow", "part_gbs"}, f"levels[{index}]")))
+            levels.append(
+                Level(**_checked_keys(item, required, {"slow", "part_gbs", "on_the_way"}, f"levels[{index}]"))
+            )
         if fields.get("measured") is not None:
             keys = {"ranks", "flat", "staged"}
             fields["measured"] = Measured(**_checked_keys(fields["measured"], keys, set(), "measured"))

@@ -15,8 +15,9 @@ class Level:
     `bandwidth_gbs` is that of one rank in one direction, in 1e9 bytes per second; `latency_us` is that of one message,
     in microseconds. `size` None (only on the outermost level of a cluster) follows from the number of ranks.
     `slow` None lets `Cluster.slow` decide. `part_gbs` holds pairs of a part's number, counted from 0 over the whole
-    cluster, and the bandwidth of one rank in it, where that is another; `cocodiff plan` heeds it. Raises `ConfigError`
-    for impossible values.
+    cluster, and the bandwidth of one rank in it, where that is another. `on_the_way` says that messages through outer
+    levels cross this link, too, as those of a node behind a rack's switch do. `cocodiff plan` heeds both. Raises
+    `ConfigError` for impossible values.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Level:
     latency_us: float
     slow: bool | None = None
     part_gbs: tuple[tuple[int, float], ...] = ()
+    on_the_way: bool = False
 
     def __post_init__(self) -> None:
         where = f"level {self.name!r}"
@@ -35,6 +37,8 @@ class Level:
         check_positive(self.latency_us, "latency_us", where)
         if self.slow is not None and not isinstance(self.slow, bool):
             raise ConfigError(f"{where}: slow must be true, false or null, not {self.slow!r}")
+        if not isinstance(self.on_the_way, bool):
+            raise ConfigError(f"{where}: on_the_way must be true or false, not {self.on_the_way!r}")
         try:
             pairs = tuple((part, gbs) for part, gbs in self.part_gbs)
         except (TypeError, ValueError):

@@ -129,3 +129,11 @@ def test_a_part_with_a_worse_link_holds_all_back():
     uneven = flow("ulysses", (100,) * 4, Degrees(1, 1, 4), cluster=Cluster("c", levels))
     assert max(uneven.seconds) == pytest.approx(4 * max(even.seconds))
     assert sum(uneven.seconds > max(even.seconds) * 1.1) == 2, "its way out and its way in"
+
+
+def test_links_that_are_on_the_way_of_outer_messages():
+    three = Level("node", 2, 1.0, 1.0), Level("rack", 2, 0.1, 1.0)
+    way = Level("node", 2, 1.0, 1.0, on_the_way=True), three[1]
+    over, through = (flow("cfg", (100, 100), Degrees(2, 1, 2), cluster=Cluster("c", levels)) for levels in (three, way))
+    assert np.count_nonzero(over.seconds) == 4 and np.count_nonzero(through.seconds) == 12
+    assert max(over.seconds) == max(through.seconds) == pytest.approx(2 * 100 / 0.2e9)
