@@ -86,6 +86,8 @@ def main() -> None:
                 at = (index + number) % len(methods)
                 seconds[at].append(time_steps(methods[at], 1, job)[0])
     if job.is_main:
+        rates = ", ".join(f"{one.name} {one.bandwidth_gbs * 1e3:.1f} MB/s a rank" for one in links.levels)
+        print(f"\nThe model is given: compute {alone:.2f} s; {rates}.")
         report(plans, [seconds_of(wanted, plan) for plan in plans], seconds)
 
 
