@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.fault import Fault
 from tests.faults_launch import LAUNCH
+from tests.faults_planner import PLANNER
 from tests.faults_trust import TRUST
 
 UNIT, DISTRIBUTED = "tests/unit", "tests/distributed"
@@ -259,4 +260,4 @@ SELECTIVE = (
     ),
 )  # fmt: skip
 
-FAULTS = (*PARALLEL, *KERNELS, *EXCHANGES, *LAYERS, *FORWARD, *SELECTIVE, *LAUNCH, *TRUST)
+FAULTS = (*PARALLEL, *KERNELS, *EXCHANGES, *LAYERS, *FORWARD, *SELECTIVE, *LAUNCH, *TRUST, *PLANNER)

@@ -55,7 +55,6 @@ class Recorder:
         self._lane_work: list[Work] | None = None  # of the lane's work that runs
         self._sent: tuple[str, str, tuple[int, ...]] | None = None
         self._labels: list[str] = []
-        self._waited: set[int] = set()
         self._alive_bytes = self.peak_bytes = 0
 
     @contextmanager
@@ -106,10 +105,8 @@ class Recorder:
         self._sent = axis, pattern, bytes_to
 
     def wait(self, number: int) -> None:
-        if number not in self._waited:
-            self._waited.add(number)
-            self._flush()
-            self._steps.append(Wait(self.sends - number))
+        self._flush()
+        self._steps.append(Wait(self.sends - number))
 
     def part(self) -> tuple[Step, ...]:
         """Take what was written down since the last time."""

@@ -109,6 +109,7 @@ def test_flows_of_exchanges():
     one = flow("ulysses", (100, 100, 100, 100), Degrees(1, 1, 4))
     # Of a rank's three messages two leave the node, whose link is two ranks' share wide.
     assert max(one.seconds) == pytest.approx(2 * 2 * 100 / (2 * 0.1e9)) and one.sent_bytes == 300
+    assert np.count_nonzero(np.isclose(one.seconds, max(one.seconds))) == 4, "both nodes, out and in"
     assert one.latency_seconds == pytest.approx(10e-6) and one.level == 1
     assert flow("ulysses", (1, 1, 1, 1), Degrees(1, 1, 4), in_turn=True).latency_seconds == pytest.approx(30e-6)
     inside = flow("ulysses", (100, 100), Degrees(1, 2, 2))

@@ -1,0 +1,40 @@
+"""Single-line faults of the planner's model."""
+
+from __future__ import annotations
+
+from tests.fault import Fault
+
+TRACE, SIMULATE = "tests/unit/test_planner_trace.py", "tests/unit/test_planner_simulate.py"
+SEARCH = "tests/unit/test_planner_search.py"
+
+PLANNER = (
+    Fault(
+        "one block of a kind is left out", "cocodiff/planner/trace.py",
+        "[1, len(run) - 2, 1]", "[1, len(run) - 3, 1]", (TRACE,),
+    ),
+    Fault(
+        "a lane runs all at once", "cocodiff/planner/simulate.py",
+        "if index and not self._early:", "if False:", (SIMULATE,),
+    ),
+    Fault(
+        "nothing shares a link", "cocodiff/planner/simulate.py",
+        "if demand > 1e-12 and free[resource] / demand < growth - 1e-12:", "if False:", (SIMULATE,),
+    ),
+    Fault(
+        "what was not played does not count", "cocodiff/planner/simulate.py",
+        "self._left_out += (", "self._left_out += 0 * (", (SIMULATE,),
+    ),
+    Fault(
+        "the ranks of a node do not share its link", "cocodiff/planner/fabric.py",
+        "self._first[one] + self._unit[one][here[mine]], weight[mine])",
+        "self._first[one] + self._unit[one][here[mine]], weight[mine] / 2)", (SIMULATE,),
+    ),
+    Fault(
+        "the search stops too early", "cocodiff/planner/search.py",
+        "if len(others) >= keep and bound > others[keep - 1]:", "if len(others) >= keep:", (SEARCH,),
+    ),
+    Fault(
+        "a plan for other ranks is taken", "cocodiff/planner/plan_file.py",
+        "if ranks != cluster.num_ranks:", "if False:", (SEARCH,),
+    ),
+)  # fmt: skip
