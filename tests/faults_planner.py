@@ -30,6 +30,11 @@ PLANNER = (
         "self._first[one] + self._unit[one][here[mine]], weight[mine] / 2)", (SIMULATE,),
     ),
     Fault(
+        "a flat exchange's loss bounds a staged one", "cocodiff/planner/search.py",
+        "times * costs.fabric.flow(send).seconds for",
+        "times * costs.fabric.flow(send).seconds / costs.fabric.flow(send).efficiency for", (SEARCH,),
+    ),
+    Fault(
         "the search stops too early", "cocodiff/planner/search.py",
         "if len(others) >= keep and bound > others[keep - 1]:", "if len(others) >= keep:", (SEARCH,),
     ),

@@ -49,5 +49,5 @@ class MeshCosts:
     def transfer(self, send: Send) -> Transfer:
         flow = self.fabric.flow(send)
         cores = flow.sent_bytes * self._rates.core_seconds_per_byte
-        links = flow.seconds[self._links].tolist()
+        links = (flow.seconds[self._links] / flow.efficiency).tolist()
         return Transfer(flow.latency_seconds, (cores, *links), self.compute_seconds(send.work))

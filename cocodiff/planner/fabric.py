@@ -29,15 +29,15 @@ class Flow:
 
     Attributes:
         latency_seconds: before the first byte has arrived.
-        seconds: on each link, alone; shape `(links,)`.
+        seconds: on each link, alone and at its full bandwidth; shape `(links,)`.
         sent_bytes: by one rank, the busiest.
-        level: the outermost that it crosses.
+        efficiency: the share of the bandwidth that it reaches.
     """
 
     latency_seconds: float
     seconds: Seconds
     sent_bytes: float
-    level: int
+    efficiency: float = 1.0
 
 
 class Fabric:
@@ -127,20 +127,19 @@ class Fabric:
                 np.add.at(sent, self._first[one] + self._unit[one][here[mine]], weight[mine])
                 np.add.at(sent, self._first[one] + count + self._unit[one][peer[mine]], weight[mine])
         if not levels:
-            return Flow(0.0, np.zeros(self.num_links), 0.0, 0)
+            return Flow(0.0, np.zeros(self.num_links), 0.0)
         latency = max(self._cluster.levels[level].latency_us for level in levels) * 1e-6
         if self._in_turn:
             latency *= messages
-        seconds = sent / self._capacity
-        if pattern == "all_to_all" and len(levels) > 1:
-            seconds /= self._cluster.flat_efficiency
-        return Flow(latency, seconds, own, max(levels))
+        several = pattern == "all_to_all" and len(levels) > 1
+        efficiency = self._cluster.flat_efficiency if several else 1.0
+        return Flow(latency, sent / self._capacity, own, efficiency)
 
 
 def telling(flows: Sequence[Flow]) -> NDArray[np.bool_]:
     """The links that can ever hold one of these transfers back: of links that are used alike one, of others the busier.
 
-    >>> flows = [Flow(0, np.array([1.0, 1.0, 0.5]), 1, 0), Flow(0, np.array([2.0, 2.0, 0.5]), 1, 0)]
+    >>> flows = [Flow(0, np.array([1.0, 1.0, 0.5]), 1), Flow(0, np.array([2.0, 2.0, 0.5]), 1)]
     >>> telling(flows).tolist()
     [True, False, False]
     """

@@ -84,10 +84,10 @@ class Program:
                 yield from steps
 
     def work(self) -> Iterator[Work]:
-        """All operators of the compute and of the lanes, with their counts."""
+        """All operators of the compute, with their counts."""
         for steps, times in self.parts:
             for step in steps:
-                if not isinstance(step, Wait):
+                if isinstance(step, Compute):
                     for work in step.work:
                         yield replace(work, count=work.count * times)
 

@@ -72,7 +72,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Found:
-    """Candidates, best first, and how many plans were bounded, played, and left out by memory."""
+    """Candidates, best first, and how many plans were bounded and played."""
 
     candidates: tuple[Candidate, ...]
     bounded: int

@@ -66,7 +66,8 @@ def wanted(model: str, height: int | None, width: int | None, frames: int | None
     shape = shape_named(model)
     clip = shape.family == "wan"
     default = (480, 832) if clip else (1024, 1024)
-    height, width = height or default[0], width or default[1]
+    height = default[0] if height is None else height
+    width = default[1] if width is None else width
     for name, size in (("height", height), ("width", width)):
         if size < PIXELS_A_TOKEN or size % PIXELS_A_TOKEN:
             raise ConfigError(f"--{name} {size}: {shape.name} takes multiples of {PIXELS_A_TOKEN}.")
@@ -74,7 +75,7 @@ def wanted(model: str, height: int | None, width: int | None, frames: int | None
         raise ConfigError(f"--frames {frames}: {shape.name} draws pictures; leave it out.")
     tokens = (height // PIXELS_A_TOKEN) * (width // PIXELS_A_TOKEN)
     if clip:
-        frames = frames or 81
+        frames = 81 if frames is None else frames
         if frames < 1 or frames % FRAMES_A_TOKEN != 1:
             raise ConfigError(f"--frames {frames}: a multiple of {FRAMES_A_TOKEN}, and 1 more, as 81.")
         tokens *= 1 + frames // FRAMES_A_TOKEN
