@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cocodiff.cli.files import check_file
+from cocodiff.cli.start import dtype_named
 from cocodiff.errors import ConfigError
 
 if TYPE_CHECKING:
     from cocodiff.topology import Cluster
-
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def plan(
@@ -37,9 +36,7 @@ def plan(
 ) -> None:
     """Say which plan is fastest in a model of the machine, without weights, GPUs or ranks. Nothing is measured."""
     where, name = _cluster(cluster)
-    full = DTYPES.get(dtype, dtype)
-    if full not in DTYPES.values():
-        raise ConfigError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}.")
+    full = dtype_named(dtype)
     if top < 1:
         raise ConfigError(f"--top {top}: at least 1.")
     if out is not None:

@@ -24,6 +24,7 @@ from cocodiff.planner.wanted import task, wanted
 from cocodiff.topology import Cluster, Level
 
 SLOW = Cluster("slow", (Level("gpu", 2, 5.0, 5.0), Level("node", 2, 0.2, 20.0)))
+STAGED = replace(SLOW, flat_efficiency=0.1)  # where a flat exchange is no bound for a staged one
 
 
 def _task(cluster=SLOW, guided=False, device="h100", memory=None, model="shape:sd35-medium", size=512):
@@ -43,9 +44,9 @@ def _everything(of):
     return found
 
 
-@pytest.mark.parametrize(("device", "guided"), [("h100", False), ("cpu", True)])
-def test_the_best_is_the_best_of_all(device, guided, monkeypatch):
-    of = _task(guided=guided, device=device)
+@pytest.mark.parametrize(("cluster", "device", "guided"), [(STAGED, "h100", False), (SLOW, "cpu", True)])
+def test_the_best_is_the_best_of_all(cluster, device, guided, monkeypatch):
+    of = _task(cluster, guided=guided, device=device)
     everything, found = _everything(of), search(of, keep=1)
     assert found.played < found.bounded == len(everything)
     best = found.candidates[0]
@@ -56,10 +57,11 @@ def test_the_best_is_the_best_of_all(device, guided, monkeypatch):
     assert search(of, keep=1).played > found.played
 
 
-def test_bounds_are_below_what_is_played():
-    of = _task(guided=True)
-    for one in search(of, keep=10).candidates:
-        assert one.bound <= one.seconds
+@pytest.mark.parametrize("cluster", [SLOW, STAGED])
+def test_bounds_are_below_what_is_played(cluster):
+    found = search(_task(cluster, guided=True), keep=10).candidates
+    assert all(one.bound <= one.seconds for one in found)
+    assert ("staged" in {one.plan.exchange for one in found}) == (cluster is STAGED)
 
 
 def test_measured_meshes_are_put_in_their_order():
@@ -110,9 +112,10 @@ def test_the_command_says_which_why_and_how_sure():
         (("--model", "shape:flux-dev", "--cluster", "aurora:0"), "at least one node"),
         (("--model", "shape:flux-dev", "--cluster", "single-node:4"), "give --device one of h100"),
         ((*SMALL, "--device", "b300"), "device 'b300' is not known"),
+        ((*SMALL, "--width", "0"), "--width 0: sd35-medium takes multiples of 16"),
         ((*SMALL, "--width", "100"), "--width 100: sd35-medium takes multiples of 16"),
         ((*SMALL, "--frames", "9"), "draws pictures"),
-        ((*SMALL, "--dtype", "int4"), "--dtype int4 is not one of bf16"),
+        ((*SMALL, "--dtype", "int4"), "--dtype int4 is not one of float32"),
         ((*SMALL, "--memory", "lots"), "--memory lots is no memory in GB"),
         ((*SMALL, "--top", "0"), "--top 0"),
         (("--model", "shape:wan-14b", "--cluster", "aurora:1", "--frames", "80"), "a multiple of 4, and 1 more"),
