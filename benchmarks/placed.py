@@ -15,37 +15,28 @@ import os
 import statistics
 import tempfile
 from dataclasses import replace
+from contextlib import nullcontext
 from fractions import Fraction
 from pathlib import Path
 
-from benchmarks.planned import CORE_SECONDS_PER_BYTE, LATENCY_US, Row, concordance, scaled, seconds_of
-from cocodiff.bench.links import connect_all, goodput, inner_ranks
-from cocodiff.bench.methods import compute_method, our_method
+import torch
+from torch import Tensor
+
+from benchmarks.planned import Row, concordance, seconds_of
+from benchmarks.played import PlayedDevice
+from cocodiff.bench.methods import Method, our_method
 from cocodiff.bench.models import build_transformer
+from cocodiff.bench.planning import measured_links, measured_rates
 from cocodiff.bench.run import time_steps
 from cocodiff.bench.shapes import named_shape
 from cocodiff.config import Config
-from cocodiff.launch.job import Job, start_job
-from cocodiff.parallel.mesh import Degrees
+from cocodiff.kernels.partial import attend_partial
+from cocodiff.launch.job import start_job
 from cocodiff.plan import RunPlan
 from cocodiff.planner.plan_file import SCHEMA, plan_as_json
 from cocodiff.planner.rates import DEVICES
 from cocodiff.planner.space import meshes, spreadings
 from cocodiff.planner.wanted import Wanted, task
-from cocodiff.topology import Cluster
-
-
-def measured_cluster(job: Job, cluster: str) -> Cluster:
-    """The cluster with the goodput that its links have now. Collective."""
-    session, connected = connect_all(job, cluster)
-    sizes, levels = session.cluster.sizes, list(session.cluster.levels)
-    for at in connected.levels:
-        gbs = goodput(connected, at, job.device) / 1e9 / inner_ranks(sizes, at)
-        slower = gbs / levels[at].bandwidth_gbs
-        own = tuple((part, stated * slower) for part, stated in levels[at].part_gbs)
-        levels[at] = replace(levels[at], bandwidth_gbs=gbs, latency_us=LATENCY_US, part_gbs=own)
-    session.close()
-    return replace(session.cluster, levels=tuple(levels))
 
 
 def main() -> None:
@@ -54,19 +45,34 @@ def main() -> None:
     parser.add_argument("--scale", type=Fraction, default=Fraction(1, 16))
     parser.add_argument("--guided", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--played", type=Path, help="operators are played, see benchmarks.played; a folder for all ranks"
+    )
+    parser.add_argument("--slower", type=float, default=1.0)
     args = parser.parse_args()
     job, cluster = start_job("cpu"), os.environ["EMULATED_CLUSTER"]
     shape = named_shape(args.shape).scaled(args.scale)
-    model, links = build_transformer(shape), measured_cluster(job, cluster)
-    compute = compute_method(model, shape, job, cluster, args.guided)
-    time_steps(compute, 1, job)
-    alone = statistics.median(time_steps(compute, 1, job)[0] for _ in range(3))
+    model, links = build_transformer(shape), measured_links(job, cluster)
+    played = nullcontext() if args.played is None else PlayedDevice(args.played, args.slower)
+
+    def on_device(method: Method) -> Method:
+        step = method.step
+
+        def run() -> Tensor:
+            with played:
+                return step()
+
+        method.step = run
+        return method
+
     asked = Wanted(shape, 0, 0, None, 2 if args.guided else 1)
-    cpu = replace(DEVICES["cpu"], core_seconds_per_byte=CORE_SECONDS_PER_BYTE)
-    whole = RunPlan(Degrees(1, 1, job.world_size), exchange="flat", schedule="sequential", pieces=1)
-    rough = task(asked, links, cpu, None)
-    assumed = cpu.seconds(tuple(rough.trace(whole).work()), rough.itemsize) * rough.calls(whole.degrees)
-    wanted = task(asked, links, scaled(cpu, assumed / alone), None)
+    cpu = DEVICES["cpu"] if args.played is None else replace(DEVICES["cpu"], core_seconds_per_byte=0.0)
+    wanted = task(asked, links, cpu, None)
+    some = torch.randn(1, 4, 2, shape.head_dim)
+    attend_partial(some, some, some)  # checks its kernel once, with values
+    with played:
+        rates = measured_rates(job, wanted, model, shape, cluster, on_device)
+    wanted = replace(wanted, rates=rates)
     plans = [
         RunPlan(degrees, exchange="flat", pieces=1, placement=placement)
         for degrees in meshes(job.world_size, shape.heads, args.guided)
@@ -77,17 +83,45 @@ def main() -> None:
         for plan in plans:
             file = Path(folder) / "plan.json"
             file.write_text(json.dumps({"schema": SCHEMA, "plans": [plan_as_json(plan)]}))
-            methods.append(our_method("exact", Config(cluster=cluster, plan=file), model, shape, job, args.guided))
+            exact = our_method("exact", Config(cluster=cluster, plan=file), model, shape, job, args.guided)
+            methods.append(on_device(exact))
         for method in methods:
             time_steps(method, 1, job)
         seconds: list[list[float]] = [[] for _ in methods]
+        if args.played is not None:
+            for method, plan in zip(methods, plans):
+                played.by.clear()
+                time_steps(method, 1, job)
+                if job.is_main:
+                    total = sum(x for _, x in played.by.values())
+                    program = wanted.trace(plan)
+                    mine = {}
+                    for w in program.work():
+                        mine.setdefault(w.kind, [0, 0.0])
+                        mine[w.kind][0] += w.count
+                        mine[w.kind][1] += wanted.rates.seconds([w], 4)
+                    print(
+                        "played",
+                        plan.degrees,
+                        plan.placement,
+                        total,
+                        sorted(played.by.items(), key=lambda x: -x[1][1])[:6],
+                        "model",
+                        mine,
+                        sum(x for _, x in mine.values()),
+                    )
         for number in range(args.rounds):
             for index in range(len(methods)):
                 at = (index + number) % len(methods)
                 seconds[at].append(time_steps(methods[at], 1, job)[0])
     if job.is_main:
-        rates = ", ".join(f"{one.name} {one.bandwidth_gbs * 1e3:.1f} MB/s a rank" for one in links.levels)
-        print(f"\nThe model is given: compute {alone:.2f} s; {rates}.")
+        given = ", ".join(
+            f"{one.name} {one.bandwidth_gbs * 1e3:.1f} MB/s a rank, {one.latency_us / 1e3:.2f} ms"
+            for one in links.levels
+        )
+        print(
+            f"\nThe model is given: {given}; {len(rates.measured)} operators, and {rates.operator_us:.0f} us for each."
+        )
         report(plans, [seconds_of(wanted, plan) for plan in plans], seconds)
 
 

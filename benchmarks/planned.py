@@ -26,7 +26,7 @@ from cocodiff.parallel.layout import split_sizes
 from cocodiff.parallel.mesh import Degrees
 from cocodiff.plan import RunPlan, plan_layer
 from cocodiff.planner.costs import MeshCosts
-from cocodiff.planner.rates import DEVICES, Rates
+from cocodiff.planner.rates import DEVICES
 from cocodiff.planner.search import Task
 from cocodiff.planner.simulate import simulate
 from cocodiff.planner.wanted import Wanted, task
@@ -63,8 +63,8 @@ def predict(path: Path) -> Iterator[Row]:
     cpu = replace(DEVICES["cpu"], core_seconds_per_byte=CORE_SECONDS_PER_BYTE)
     plain = RunPlan(Degrees(1, 1, links.num_ranks), exchange="flat", schedule="sequential", pieces=1)
     work = tuple(task(asked, links, cpu, None).trace(plain).work())
-    alone = cpu.seconds(work, 4) * (2 if guided and not family_named(shape.family).batched else 1)
-    wanted = task(asked, links, scaled(cpu, alone / found["compute_seconds"]), None)
+    calls = 2 if guided and not family_named(shape.family).batched else 1
+    wanted = task(asked, links, cpu.fitted(work, 4, found["compute_seconds"] / calls), None)
     for name, method in found["methods"].items():
         seconds = method.get("seconds_per_step")
         if method.get("mesh") is None or seconds is None or name.split()[0] not in ("ulysses", "exact"):
@@ -80,17 +80,6 @@ def seconds_of(wanted: Task, plan: RunPlan) -> float:
     program = wanted.trace(plan)
     costs = MeshCosts(wanted.cluster, wanted.rates, wanted.itemsize, plan.degrees, plan.placement)
     return wanted.calls(plan.degrees) * simulate(program, costs.for_program(program)).total
-
-
-def scaled(rates: Rates, faster: float) -> Rates:
-    """A device that computes so many times as fast."""
-    return replace(
-        rates,
-        matmul_tflops=rates.matmul_tflops * faster,
-        attention_tflops=rates.attention_tflops * faster,
-        memory_gbs=rates.memory_gbs * faster,
-        operator_us=rates.operator_us / faster,
-    )
 
 
 def concordance(rows: list[Row]) -> tuple[int, int]:

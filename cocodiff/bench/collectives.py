@@ -27,6 +27,7 @@ from cocodiff.parallel.mesh import Mesh
 from cocodiff.topology import Cluster, Measured
 
 SCHEMA = "cocodiff-collectives/1"
+IN_A_ROW = 4  # exchanges between two barriers, whose own time is left out of what one takes
 SIZES = tuple(4096 * 4**power for power in range(8))  # 4 KB to 64 MB
 
 
@@ -70,6 +71,34 @@ def run_collectives(
     measured = with_measurements(mesh, rows, guessed=cluster == "auto")
     session.close()
     return {"schema": SCHEMA, "environment": environment(job), "rows": rows}, measured
+
+
+def time_levels(
+    connected: ConnectedMesh, sizes: Sequence[int], repeat: int, patience: float, job: Job
+) -> dict[int, list[tuple[float, float]]]:
+    """Median seconds of an all-to-all among the parts of each level, all groups of it at once, by bytes a rank.
+
+    Args:
+        patience: no larger size follows one that took longer. Collective.
+    """
+    found: dict[int, list[tuple[float, float]]] = {}
+    for level in connected.mesh.level_groups:
+        found[level] = []
+        for size in sizes:
+            run = _in_a_row(_level(connected, level, size, job.device))
+            _slowest(run, job)  # warms up
+            found[level].append((size, statistics.median(_slowest(run, job) for _ in range(repeat)) / IN_A_ROW))
+            if found[level][-1][1] > patience:
+                break
+    return found
+
+
+def _in_a_row(run: Callable[[], Any]) -> Callable[[], None]:
+    def several() -> None:
+        for _ in range(IN_A_ROW):
+            run()
+
+    return several
 
 
 def _slowest(run: Callable[[], Any], job: Job) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from cocodiff.errors import ConfigError
@@ -22,6 +22,9 @@ class Rates:
         core_seconds_per_byte: of the rank's own cores, to send a byte; 0 where others move the bytes.
         memory_gb: for weights and activations.
         source: where the figures are from.
+        slower32: see above.
+        measured: MEASURED seconds of single operators (`operators.py`), each of a count of 1; the rates stand in for
+            others.
     """
 
     name: str
@@ -34,6 +37,7 @@ class Rates:
     memory_gb: float
     source: str
     slower32: float = 2.0
+    measured: Mapping[Work, float] = field(default_factory=dict)
 
     def seconds(self, work: Sequence[Work], itemsize: int) -> float:
         """Of some operators, alone: each takes what its FLOPs or its bytes take, whichever is longer."""
@@ -41,10 +45,31 @@ class Rates:
         rate = {"matmul": self.matmul_tflops * 1e12 / slower, "attention": self.attention_tflops * 1e12 / slower}
         total = 0.0
         for one in work:
-            by_memory = one.bytes / (self.memory_gbs * 1e9)
-            by_compute = one.flops / rate[one.kind] if one.kind in rate else 0.0
-            total += one.count * (max(by_memory, by_compute) + self.operator_us * 1e-6)
+            alone = self.measured.get(replace(one, count=1))
+            if alone is None:
+                by_memory = one.bytes / (self.memory_gbs * 1e9)
+                by_compute = one.flops / rate[one.kind] if one.kind in rate else 0.0
+                alone = max(by_memory, by_compute)
+            total += one.count * (alone + self.operator_us * 1e-6)
         return total
+
+    def fitted(self, work: Sequence[Work], itemsize: int, alone_seconds: float) -> Rates:
+        """Rates by which some operators take what they took: those without a measurement by one factor, all by an
+        operator's own cost (`operator_us`), where what was measured of each leaves time over.
+        """
+        plain = replace(self, operator_us=0.0)
+        counts = sum(one.count for one in work)
+        if self.measured:
+            left = max(alone_seconds - plain.seconds(work, itemsize), 0.0)
+            return replace(self, operator_us=left / counts * 1e6)
+        faster = self.seconds(work, itemsize) / alone_seconds
+        return replace(
+            self,
+            matmul_tflops=self.matmul_tflops * faster,
+            attention_tflops=self.attention_tflops * faster,
+            memory_gbs=self.memory_gbs * faster,
+            operator_us=self.operator_us / faster,
+        )
 
 
 # ASSUMED: shares of data sheets that published runs reach. H100: 74 TFLOP a step of FLUX at 1024 px take 0.154 s

@@ -22,8 +22,24 @@ from cocodiff.exchange.transport import Prepare, Transport
 from cocodiff.observe.timeline import Timeline
 from cocodiff.planner.program import Compute, Send, Step, Wait, Work, joined_work
 
-# An operator and its inputs -> its work, and the size, stride and dtype of each result.
-Known = dict[Any, tuple[Work | None, list[tuple[Any, Any, Any]]]]
+# An operator with its arguments and keyword arguments, as `Operand`s and values -> its work, and what it makes.
+Known = dict[Any, tuple[Work | None, list["Operand"]]]
+
+
+@dataclass(frozen=True)
+class Operand:
+    """What is known of a tensor without its values."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Operand:
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+    def empty(self) -> Tensor:
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
 
 
 @dataclass(frozen=True)
@@ -194,8 +210,14 @@ class _Attention(TorchFunctionMode):
         (batch, heads, rows, head_dim), keys = query.shape, key.shape[2]
         flops = 4.0 * batch * heads * rows * keys * head_dim
         elements = 2 * query.numel() + key.numel() + value.numel()
-        self._recorder.operator(Work("attention", flops, float(elements * query.itemsize)))
-        return query.new_empty(batch, heads, rows, value.shape[-1])
+        work = Work("attention", flops, float(elements * query.itemsize))
+        out = query.new_empty(batch, heads, rows, value.shape[-1])
+        self._recorder.known[func, _described(args), _described(tuple((kwargs or {}).items()))] = (
+            work,
+            [Operand.of(out)],
+        )
+        self._recorder.operator(work)
+        return out
 
 
 def _arguments(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **more: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -221,14 +243,14 @@ class _Operators(TorchDispatchMode):
         key = func, _described(args), _described(tuple(kwargs.items()))
         if key in self._recorder.known:
             work, made = self._recorder.known[key]
-            out = tuple(torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in made)
+            out = tuple(one.empty() for one in made)
             out = out if len(out) > 1 else out[0]
         else:
             out = func(*args, **kwargs)
             work, tensors = _work_of(func, args, kwargs, out), _tensors((out,))
             single = isinstance(out, Tensor) or (isinstance(out, tuple) and len(out) == len(tensors) > 1)
             if single and all(x.device.type == "meta" for x in tensors):
-                self._recorder.known[key] = work, [(x.shape, x.stride(), x.dtype) for x in tensors]
+                self._recorder.known[key] = work, [Operand.of(x) for x in tensors]
         self._note(work)
         for tensor in _tensors((out,)):
             self._recorder.made(tensor)
@@ -242,10 +264,10 @@ class _Operators(TorchDispatchMode):
 def _described(value: Any) -> Any:
     """What decides the shape of an operator's result, hashable."""
     if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype, value.device
+        return Operand.of(value)
     if isinstance(value, (list, tuple)):
         return tuple(_described(one) for one in value)
-    return type(value), value
+    return type(value), value  # 1 and 1.0 and True are equal
 
 
 _NO_WORK = (torch.ops.aten.empty, torch.ops.aten.new_empty, torch.ops.aten._unsafe_view)

@@ -17,6 +17,7 @@ from cocodiff.plan import RunPlan
 from cocodiff.planner.costs import MeshCosts
 from cocodiff.planner.program import Program
 from cocodiff.planner.rates import Rates
+from cocodiff.planner.recording import Known
 from cocodiff.planner.simulate import Timing, simulate
 from cocodiff.planner.space import meshes, spreadings, ways
 from cocodiff.topology import Cluster
@@ -36,6 +37,7 @@ class Task:
         branches: of guidance, which a cfg axis of two runs side by side.
         forwards: a step on a cfg axis of one: a family may have both branches in one batch.
         trace: gives the program of a plan, of one forward of a rank.
+        known: the operators of all traces so far.
         memory_bytes: of a rank's device; None leaves memory out.
     """
 
@@ -46,6 +48,7 @@ class Task:
     branches: int
     forwards: int
     trace: Trace
+    known: Known
     memory_bytes: float | None = None
 
     def calls(self, degrees: Degrees) -> int:

@@ -106,7 +106,7 @@ def task(asked: Wanted, cluster: Cluster, rates: Rates, memory_bytes: float | No
         return of(plan if plan.exchange == "staged" else replace(plan, placement=None))
 
     forwards = 1 if asked.branches > 1 and family.batched else asked.branches
-    return Task(cluster, rates, shape.heads, dtype.itemsize, asked.branches, forwards, traced, memory_bytes)
+    return Task(cluster, rates, shape.heads, dtype.itemsize, asked.branches, forwards, traced, known, memory_bytes)
 
 
 def _twice(given: dict[str, Any], batched: Any) -> dict[str, Any]:
