@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.fault import Fault
 
 TRACE, SIMULATE = "tests/unit/test_planner_trace.py", "tests/unit/test_planner_simulate.py"
+LINKS = "tests/unit/test_planner_links.py"
 SEARCH = "tests/unit/test_planner_search.py"
 
 PLANNER = (
@@ -25,9 +26,25 @@ PLANNER = (
         "self._left_out += (", "self._left_out += 0 * (", (SIMULATE,),
     ),
     Fault(
-        "the ranks of a node do not share its link", "cocodiff/planner/fabric.py",
-        "self._first[one] + self._unit[one][here[mine]], weight[mine])",
-        "self._first[one] + self._unit[one][here[mine]], weight[mine] / 2)", (SIMULATE,),
+        "the ranks of a node do not share its link", "cocodiff/planner/links.py",
+        "self._first[at] + here[mine] // self._node[at], weight[mine])",
+        "self._first[at] + here[mine] // self._node[at], weight[mine] / 2)", (SIMULATE,),
+    ),
+    Fault(
+        "messages leave a torus where they came in", "cocodiff/planner/links.py",
+        "node += (self._digit[done, peer]", "node += 0 * (self._digit[done, peer]", (LINKS,),
+    ),
+    Fault(
+        "a ring is always gone up", "cocodiff/planner/links.py",
+        "0.5, 2.0 * ahead < size)", "0.5, 1.0)", (LINKS,),
+    ),
+    Fault(
+        "a message crosses the first link alone", "cocodiff/planner/links.py",
+        "for step in range(int(hops.max())):", "for step in range(1):", (LINKS,),
+    ),
+    Fault(
+        "a part of a ring wraps around", "cocodiff/topology/level.py",
+        'part_of_ring = self.wiring == "ring" and', 'part_of_ring = False and', (LINKS,),
     ),
     Fault(
         "a flat exchange's loss bounds a staged one", "cocodiff/planner/search.py",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def plan(
     model: Annotated[str, typer.Option(help="A released model's id on the hub, or shape:NAME.")],
     cluster: Annotated[
-        str, typer.Option(help="aurora:8 (nodes), dgx-h100:2, polaris:4, single-node:4, or FILE.json[:N].")
+        str, typer.Option(help="aurora:8 (nodes), dgx-h100:2, polaris:4, single-node:4, v5e:2x4, or FILE.json[:N].")
     ],
     height: Annotated[int | None, typer.Option(help="Pixels; by default the model's.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; by default the model's.")] = None,
@@ -59,24 +59,29 @@ def plan(
 
 
 def _cluster(text: str) -> tuple[Cluster, str]:
-    """A cluster with concrete sizes, from its name or file and how many units of its outermost level there are."""
+    """A cluster with concrete sizes, from its name or file and the size of its outermost level, or of each, as 2x4."""
     from cocodiff.topology import PRESETS
     from cocodiff.topology.detect import read_cluster
 
-    name, _, count = text.rpartition(":")
-    if not name or (count and not count.isdecimal()):
-        name, count = text, ""
+    name, _, counts = text.rpartition(":")
+    if not name or (counts and not all(count.isdecimal() for count in counts.split("x"))):
+        name, counts = text, ""
     found: Cluster = PRESETS[name] if name in PRESETS else read_cluster(name)
-    outer = found.levels[-1]
-    if count:
-        if int(count) < 1:
-            raise ConfigError(f"--cluster {text}: at least one {outer.name}.")
-        if outer.size not in (None, int(count)):
-            raise ConfigError(f"--cluster {text}: {name} has {outer.size} of {outer.name!r}, not {count}.")
-        found = replace(found, levels=(*found.levels[:-1], replace(outer, size=int(count))))
-    if found.levels[-1].size is None:
-        raise ConfigError(f"--cluster {text}: say how many of {outer.name!r}, as {name}:2.")
-    return found, os.path.basename(name).removesuffix(".json")
+    levels, sizes = found.levels, [int(count) for count in counts.split("x") if count]
+    if len(sizes) not in (0, 1, len(levels)):
+        every = ", ".join(level.name for level in levels)
+        raise ConfigError(f"--cluster {text}: give one size, of {levels[-1].name!r}, or one each of {every}.")
+    resized = list(levels[: len(levels) - len(sizes)])
+    for level, size in zip(levels[len(levels) - len(sizes) :], sizes, strict=True):
+        if size < 1:
+            raise ConfigError(f"--cluster {text}: at least one {level.name}.")
+        if level.size is not None and size > level.size:
+            raise ConfigError(f"--cluster {text}: {name} has {level.size} of {level.name!r}, not {size}.")
+        resized.append(level.of_size(size))
+    if resized[-1].size is None:
+        raise ConfigError(f"--cluster {text}: say how many of {levels[-1].name!r}, as {name}:2.")
+    made = replace(found, levels=tuple(resized))
+    return made.resolve(made.num_ranks), os.path.basename(name).removesuffix(".json")
 
 
 def _bytes(text: str | None, default_gb: float) -> float:

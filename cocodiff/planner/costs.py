@@ -28,7 +28,8 @@ class MeshCosts:
         self, cluster: Cluster, rates: Rates, itemsize: int, degrees: Degrees, placement: Placement | None
     ) -> None:
         self._rates, self._itemsize = rates, itemsize
-        self.early = rates.launch_us == 0  # gloo's messages, which CPUs use; an accelerator's collectives take turns
+        # gloo's messages, which the ranks' own cores move; an accelerator's collectives take turns
+        self.early = rates.core_seconds_per_byte > 0
         self.launch_seconds = rates.launch_us * 1e-6
         self.fabric = Fabric(cluster, degrees, placement, peers_in_turn=self.early)
         self._links: Any = slice(None)

@@ -18,7 +18,8 @@ class Rates:
         matmul_tflops, attention_tflops: what long operators reach in 16 bits; in 32 bits `slower32` times less.
         memory_gbs: of operators that are bound by memory, in 1e9 bytes a second.
         operator_us: an operator's own cost on the device, whatever its size.
-        launch_us: the host's for one operator, where the device runs behind the host; 0 on a CPU.
+        launch_us: the host's for one operator, where the device runs behind the host; 0 on a CPU, and where the host
+            starts whole compiled steps.
         core_seconds_per_byte: of the rank's own cores, to send a byte; 0 where others move the bytes.
         memory_gb: for weights and activations.
         source: where the figures are from.
@@ -79,12 +80,13 @@ _DEVICES = (
     Rates("a100", 230.0, 170.0, 1300.0, 2.5, 8.0, 0.0, 40.0, "assumed from data sheets"),
     Rates("l20", 95.0, 80.0, 700.0, 2.5, 8.0, 0.0, 48.0, "assumed from data sheets"),
     Rates("max1550-tile", 180.0, 90.0, 900.0, 5.0, 12.0, 0.0, 64.0, "assumed from data sheets"),
+    Rates("v5e", 140.0, 90.0, 650.0, 1.0, 0.0, 0.0, 16.0, "assumed from the data sheet: 197 TFLOPS, 819 GB/s"),
     Rates("cpu", 0.12, 0.06, 4.0, 6.0, 0.0, 4e-9, 16.0, "assumed of one core", slower32=2.0),
 )
 DEVICES: Mapping[str, Rates] = MappingProxyType({rates.name: rates for rates in _DEVICES})
 
 # The devices of the clusters known by name.
-_OF_CLUSTER = {"aurora": "max1550-tile", "polaris": "a100", "dgx-h100": "h100"}
+_OF_CLUSTER = {"aurora": "max1550-tile", "polaris": "a100", "dgx-h100": "h100", "v5e": "v5e"}
 
 
 def rates_of(device: str | None, cluster_name: str) -> Rates:

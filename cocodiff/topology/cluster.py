@@ -21,6 +21,10 @@ Rank numbers run fastest through the innermost level, as launchers assign them. 
 - `part_gbs` (optional, none): pairs of a part's number and what one rank in it can send instead, as
   `[[2, 0.5]]` for a node whose cable is worse. Parts are counted over the whole cluster, from 0, in rank order.
 - `on_the_way` (optional, false): whether messages through outer levels cross this link, too.
+- `wiring` (optional, "switch"): "line" or "ring" for a dimension of a mesh or torus, whose parts have direct links to
+  the one before and the one after; then `bandwidth_gbs` is of one such link in one direction and `latency_us` of one
+  hop. Lines and rings that follow each other are the dimensions of one mesh or torus, routed in their order along the
+  shorter way. A part of a ring is a line.
 - `slow` (optional, null): whether selective transmission sends fewer bytes through this level; null lets
   `Cluster.slow` decide.
 - `flat_efficiency` (optional, 1.0): the share, measured and at most 1, of the slowest level's bandwidth that one flat
@@ -127,7 +131,7 @@ class Cluster:
                     f"cluster {self.name!r}: level {level.name!r} has {remaining} parts on {num_ranks} ranks, numbered "
                     f"from 0, and part_gbs names {beyond[0]}"
                 )
-            resolved.append(dataclasses.replace(level, size=size))
+            resolved.append(level.of_size(size))
             remaining //= size
         if remaining > 1:
             shape = " x ".join(str(level.size) for level in self.levels)
@@ -147,7 +151,7 @@ class Cluster:
         levels = zip(self.levels, sizes, strict=True)
         return dataclasses.replace(
             self,
-            levels=tuple(dataclasses.replace(level, size=size, part_gbs=()) for level, size in levels),
+            levels=tuple(dataclasses.replace(level.of_size(size), part_gbs=()) for level, size in levels),
             measured=None,
         )
 
@@ -173,9 +177,8 @@ class Cluster:
         levels = []
         for index, item in enumerate(fields["levels"]):
             required = {"name", "size", "bandwidth_gbs", "latency_us"}
-            levels.append(
-                Level(**_checked_keys(item, required, {"slow", "part_gbs", "on_the_way"}, f"levels[{index}]"))
-            )
+            optional = {"slow", "part_gbs", "on_the_way", "wiring"}
+            levels.append(Level(**_checked_keys(item, required, optional, f"levels[{index}]")))
         if fields.get("measured") is not None:
             keys = {"ranks", "flat", "staged"}
             fields["measured"] = Measured(**_checked_keys(fields["measured"], keys, set(), "measured"))

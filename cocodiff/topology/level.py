@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cocodiff.errors import ConfigError
+
+WIRINGS = ("switch", "line", "ring")
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Level:
     slow: bool | None = None
     part_gbs: tuple[tuple[int, float], ...] = ()
     on_the_way: bool = False
+    wiring: str = "switch"
 
     def __post_init__(self) -> None:
         where = f"level {self.name!r}"
@@ -49,6 +52,26 @@ class Level:
         for part, gbs in pairs:
             check_positive(gbs, f"part_gbs of part {part}", where)
         object.__setattr__(self, "part_gbs", pairs)
+        if self.wiring not in WIRINGS:
+            raise ConfigError(f"{where}: wiring must be one of {', '.join(WIRINGS)}, not {self.wiring!r}")
+        if self.wired and (pairs or self.on_the_way):
+            raise ConfigError(
+                f"{where}: part_gbs and on_the_way are of a switch's links, and its wiring is {self.wiring}"
+            )
+
+    @property
+    def wired(self) -> bool:
+        """Whether its parts are joined by direct links to their neighbours."""
+        return self.wiring != "switch"
+
+    def of_size(self, size: int) -> Level:
+        """This level with another size, which is concrete. Some of a ring's parts make a line.
+
+        >>> Level("x", 16, 45.0, 1.0, wiring="ring").of_size(4).wiring
+        'line'
+        """
+        part_of_ring = self.wiring == "ring" and self.size is not None and size < self.size
+        return replace(self, size=size, wiring="line" if part_of_ring else self.wiring)
 
 
 def is_int(value: object) -> bool:

@@ -50,7 +50,16 @@ _SINGLE_NODE = Cluster(
     levels=(Level("device", None, bandwidth_gbs=25.0, latency_us=10.0),),
 )
 
+# A TPU v5e pod of 16 x 16 chips, a level for each dimension of its torus. A chip has 4 links of 400 Gbit/s, 50 GB/s, in
+# one direction on paper (cloud.google.com/tpu/docs/v5e); 45 GB/s and 1 us a hop are what "How to Scale Your Model"
+# (jax-ml.github.io/scaling-book) reckons with. It also says that dimensions of fewer than 16 chips do not wrap around:
+# of slices such as 2x4, lines are left (`Level.of_size`).
+_V5E = Cluster(
+    name="v5e",
+    levels=tuple(Level(name, 16, bandwidth_gbs=45.0, latency_us=1.0, wiring="ring") for name in ("x", "y")),
+)
+
 PRESETS: Mapping[str, Cluster] = MappingProxyType(
-    {cluster.name: cluster for cluster in (_AURORA, _POLARIS, _DGX_H100, _SINGLE_NODE)}
+    {cluster.name: cluster for cluster in (_AURORA, _POLARIS, _DGX_H100, _SINGLE_NODE, _V5E)}
 )
 """The clusters by name, read-only and not resolved. The comment above each gives the source of its figures."""

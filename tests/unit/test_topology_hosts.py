@@ -15,7 +15,7 @@ from cocodiff.topology.detect import detect
 
 
 def test_presets():
-    assert set(PRESETS) == {"aurora", "polaris", "dgx-h100", "single-node"}
+    assert set(PRESETS) == {"aurora", "polaris", "dgx-h100", "single-node", "v5e"}
     assert PRESETS["aurora"].slow == (False, False, True)  # inside a node all stays exact
     assert PRESETS["polaris"].slow == (False, True)
     assert PRESETS["dgx-h100"].slow == (False, True)
@@ -88,7 +88,7 @@ def test_load_preset_file_and_cluster(tmp_path: Path):
 
 
 def test_load_errors(tmp_path: Path):
-    with pytest.raises(ConfigError, match="aurora, dgx-h100, polaris, single-node"):
+    with pytest.raises(ConfigError, match="aurora, dgx-h100, polaris, single-node, v5e"):
         load_cluster("auroro", ["a"], "xpu")
     with pytest.raises(ConfigError, match="unknown cluster ''"):
         load_cluster("", ["a"], "xpu")
