@@ -3,8 +3,9 @@
     scripts/emulated_cluster --racks 2 --nodes 4 --ranks-per-node 1 --link 400mbit --rack-link 60mbit \
         -- python -m benchmarks.placed --shape sd35-medium --scale 1/16 --guided
 
-What the model is given of the run: the compute time and each link's goodput, as in `benchmarks.planned`. Rank 0 prints
-a Markdown table. An exchange is flat and nothing is cut into pieces, so that plans differ in mesh and placement alone.
+What the model is given is measured in the same run, as `cocodiff plan --measure` does: links, operators one by one, and
+what is left of a step that sends nothing. Rank 0 prints a Markdown table. Exchanges are flat and nothing is cut into
+pieces, so that plans differ in mesh and placement alone.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import json
 import os
 import statistics
 import tempfile
-from dataclasses import replace
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -45,32 +46,30 @@ def main() -> None:
     parser.add_argument("--scale", type=Fraction, default=Fraction(1, 16))
     parser.add_argument("--guided", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
-        "--played", type=Path, help="operators are played, see benchmarks.played; a folder for all ranks"
-    )
-    parser.add_argument("--slower", type=float, default=1.0)
+    parser.add_argument("--played", type=float, help="operators are played, so many times slower: benchmarks/played.py")
+    parser.add_argument("--out", type=Path, help="a JSON file for benchmarks/concordance.py")
     args = parser.parse_args()
     job, cluster = start_job("cpu"), os.environ["EMULATED_CLUSTER"]
     shape = named_shape(args.shape).scaled(args.scale)
     model, links = build_transformer(shape), measured_links(job, cluster)
-    played = nullcontext() if args.played is None else PlayedDevice(args.played, args.slower)
+    some, cpu = torch.randn(1, 4, 2, shape.head_dim), DEVICES["cpu"]
+    attend_partial(some, some, some)  # checks its kernel once, with values
+    device: AbstractContextManager[object] = nullcontext()
+    if args.played is not None:
+        device, cpu = PlayedDevice(Path(cluster).parent, args.played), replace(cpu, core_seconds_per_byte=0.0)
 
     def on_device(method: Method) -> Method:
         step = method.step
 
         def run() -> Tensor:
-            with played:
+            with device:
                 return step()
 
         method.step = run
         return method
 
-    asked = Wanted(shape, 0, 0, None, 2 if args.guided else 1)
-    cpu = DEVICES["cpu"] if args.played is None else replace(DEVICES["cpu"], core_seconds_per_byte=0.0)
-    wanted = task(asked, links, cpu, None)
-    some = torch.randn(1, 4, 2, shape.head_dim)
-    attend_partial(some, some, some)  # checks its kernel once, with values
-    with played:
+    wanted = task(Wanted(shape, 0, 0, None, 2 if args.guided else 1), links, cpu, None)
+    with device:
         rates = measured_rates(job, wanted, model, shape, cluster, on_device)
     wanted = replace(wanted, rates=rates)
     plans = [
@@ -78,6 +77,7 @@ def main() -> None:
         for degrees in meshes(job.world_size, shape.heads, args.guided)
         for placement in spreadings(links.sizes, degrees)
     ]
+    predicted = [seconds_of(wanted, plan) for plan in plans] if job.is_main else []
     with tempfile.TemporaryDirectory() as folder:
         methods = []
         for plan in plans:
@@ -88,60 +88,39 @@ def main() -> None:
         for method in methods:
             time_steps(method, 1, job)
         seconds: list[list[float]] = [[] for _ in methods]
-        if args.played is not None:
-            for method, plan in zip(methods, plans):
-                played.by.clear()
-                time_steps(method, 1, job)
-                if job.is_main:
-                    total = sum(x for _, x in played.by.values())
-                    program = wanted.trace(plan)
-                    mine = {}
-                    for w in program.work():
-                        mine.setdefault(w.kind, [0, 0.0])
-                        mine[w.kind][0] += w.count
-                        mine[w.kind][1] += wanted.rates.seconds([w], 4)
-                    print(
-                        "played",
-                        plan.degrees,
-                        plan.placement,
-                        total,
-                        sorted(played.by.items(), key=lambda x: -x[1][1])[:6],
-                        "model",
-                        mine,
-                        sum(x for _, x in mine.values()),
-                    )
         for number in range(args.rounds):
             for index in range(len(methods)):
                 at = (index + number) % len(methods)
                 seconds[at].append(time_steps(methods[at], 1, job)[0])
-    if job.is_main:
-        given = ", ".join(
-            f"{one.name} {one.bandwidth_gbs * 1e3:.1f} MB/s a rank, {one.latency_us / 1e3:.2f} ms"
-            for one in links.levels
-        )
-        print(
-            f"\nThe model is given: {given}; {len(rates.measured)} operators, and {rates.operator_us:.0f} us for each."
-        )
-        report(plans, [seconds_of(wanted, plan) for plan in plans], seconds)
+    if not job.is_main:
+        return
+    given = ", ".join(
+        f"{one.name} {one.bandwidth_gbs * 1e3:.1f} MB/s a rank, {one.latency_us / 1e3:.2f} ms" for one in links.levels
+    )
+    print(f"\nThe model is given: {given}; {len(rates.measured)} operators, and {rates.operator_us:.0f} us for each.")
+    rows = [
+        Row("", f"{plan.degrees}, {plan.placement or '-'}", one, statistics.median(some), min(some), max(some))
+        for plan, one, some in zip(plans, predicted, seconds, strict=True)
+    ]
+    report(rows)
+    if args.out is not None:
+        command = os.environ["EMULATED_COMMAND"]
+        args.out.write_text(json.dumps({"command": command, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
 
 
-def report(plans: list[RunPlan], predicted: list[float], seconds: list[list[float]]) -> None:
-    print("\n| mesh | placement | predicted | measured | ratio |\n|---|---|---|---|---|")
-    rows = []
-    for plan, one, some in zip(plans, predicted, seconds, strict=True):
-        row = Row("", str(plan.degrees), one, statistics.median(some), min(some), max(some))
-        rows.append(row)
+def report(rows: list[Row]) -> None:
+    print("\n| mesh, placement | predicted | measured | ratio |\n|---|---|---|---|")
+    for row in rows:
         spread = f"{row.measured:.2f} s ({row.least:.2f} to {row.most:.2f})"
-        print(f"| {plan.degrees} | {plan.placement or '-'} | {one:.2f} s | {spread} | {one / row.measured:.2f} |")
+        print(f"| {row.method} | {row.predicted:.2f} s | {spread} | {row.predicted / row.measured:.2f} |")
     best, chosen = min(row.measured for row in rows), min(rows, key=lambda row: row.predicted)
     right, total = concordance(rows)
     print(f"\n{right} of {total} pairs whose spreads do not meet are in the right order; ", end="")
     print(f"the plan that the model takes is {chosen.measured / best - 1:.1%} slower than the best that was measured.")
-    for mesh in dict.fromkeys(row.method for row in rows):
-        of = [row for row in rows if row.method == mesh]
+    for mesh in dict.fromkeys(row.method.split(",")[0] for row in rows):
+        of = [row.measured for row in rows if row.method.split(",")[0] == mesh]
         if len(of) > 1:
-            worst = max(row.measured for row in of) / min(row.measured for row in of)
-            print(f"{mesh}: the worst placement takes {worst:.2f} times as long as the best.")
+            print(f"{mesh}: the worst placement takes {max(of) / min(of):.2f} times as long as the best.")
 
 
 if __name__ == "__main__":

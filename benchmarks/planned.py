@@ -28,7 +28,6 @@ from cocodiff.plan import RunPlan, plan_layer
 from cocodiff.planner.costs import MeshCosts
 from cocodiff.planner.rates import DEVICES
 from cocodiff.planner.search import Task
-from cocodiff.planner.simulate import simulate
 from cocodiff.planner.wanted import Wanted, task
 from cocodiff.topology import Cluster, Level
 
@@ -79,7 +78,7 @@ def seconds_of(wanted: Task, plan: RunPlan) -> float:
     """What the model says of one plan."""
     program = wanted.trace(plan)
     costs = MeshCosts(wanted.cluster, wanted.rates, wanted.itemsize, plan.degrees, plan.placement)
-    return wanted.calls(plan.degrees) * simulate(program, costs.for_program(program)).total
+    return wanted.calls(plan.degrees) * costs.play(program).total
 
 
 def concordance(rows: list[Row]) -> tuple[int, int]:

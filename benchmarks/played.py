@@ -1,6 +1,6 @@
 """A device for each rank, played on one machine: operators take the time that they took alone, asleep.
 
-Ranks that share two cores hide what a mesh costs: a rank that waits for a link leaves its core to the others, which then
+Ranks that share two cores hide what a mesh costs: one that waits for a link leaves its core to the others, which then
 compute faster than any device would. Here every operator is timed once, alone on the machine, and is from then on a
 sleep of that length whose result is memory without values. All else is real: the code, lanes, messages and links.
 """
@@ -34,8 +34,7 @@ class PlayedDevice(TorchDispatchMode):
         super().__init__()
         self._folder, self._slower = folder, slower
         self._known: dict[Any, tuple[float, list[tuple[Any, Any, Any]], bool]] = {}
-        self._until = self.seconds = 0.0
-        self.by = {}
+        self._until = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -53,10 +52,6 @@ class PlayedDevice(TorchDispatchMode):
         seconds, made, several = self._known[key]
         results = tuple(torch.empty_strided(size, stride, dtype=dtype) for size, stride, dtype in made)
         self._sleep(seconds * self._slower)
-        self.seconds += seconds * self._slower
-        self.by.setdefault(str(func), [0, 0.0])
-        self.by[str(func)][0] += 1
-        self.by[str(func)][1] += seconds * self._slower
         return results if several else results[0]
 
     def _sleep(self, seconds: float) -> None:

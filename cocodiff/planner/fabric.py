@@ -42,22 +42,21 @@ class Fabric:
     Args:
         cluster: with concrete sizes.
         placement: of the mesh; None for the default one.
-        peers_in_turn: a rank's messages of one exchange leave one after the other, each with its latency (gloo), not
-            together (NCCL, XCCL).
     """
 
-    def __init__(self, cluster: Cluster, degrees: Degrees, placement: Placement | None, peers_in_turn: bool) -> None:
-        self._cluster, self._in_turn = cluster, peers_in_turn
+    def __init__(self, cluster: Cluster, degrees: Degrees, placement: Placement | None) -> None:
+        self._cluster = cluster
         sizes, world = cluster.sizes, cluster.num_ranks
         placed = placement or default_placement(sizes, degrees.counts)
         self._groups = {name: np.array(groups) for name, groups in axis_groups(degrees.counts, placed).items()}
         self._groups["alone"] = np.arange(world)[:, None]
         self._spread = spread_sizes(sizes, degrees.counts, placed)
         self._links = Links(cluster)
+        self.capacity = self._links.capacity
 
     @property
     def num_links(self) -> int:
-        return len(self._links.capacity)
+        return len(self.capacity)
 
     def flow(self, send: Send) -> Flow:
         """What a send of all ranks at once needs: each sends the ranks of its group what rank 0 sends those of its."""
@@ -69,11 +68,17 @@ class Fabric:
             return int(axis.removeprefix("level "))
         return 0 if axis == "alone" else outermost(self._spread[axis])
 
+    def route(self, here: int, peer: int) -> tuple[tuple[int, ...], float]:
+        """The links from one rank to another, and the seconds of latency."""
+        crossed = np.zeros(self.num_links)
+        _, latency = self._links.send(crossed, np.array([here]), np.array([peer]), np.ones(1))
+        return tuple(np.flatnonzero(crossed).tolist()), latency
+
     def crossed(self, axis: str) -> int:
         """How many levels an axis crosses."""
         return sum(size > 1 for size in self._spread[axis])
 
-    def _of(self, axis: str) -> NDArray[np.int64]:
+    def groups(self, axis: str) -> NDArray[np.int64]:
         """All groups of an axis, `(groups, places)`."""
         if axis not in self._groups:
             along = self._groups["ulysses"]
@@ -83,11 +88,11 @@ class Fabric:
 
     @lru_cache(maxsize=4096)  # noqa: B019 - lives as long as the fabric, which is dropped with its search
     def _flow(self, axis: str, pattern: str, bytes_to: tuple[int, ...]) -> Flow:
-        groups = self._of(axis)
+        groups = self.groups(axis)
         size = groups.shape[1]
         sent = np.zeros(self.num_links)
         levels: set[int] = set()
-        messages, own, latency = 0, 0.0, 0.0
+        own, latency = 0.0, 0.0
         distances = range(1, size) if pattern == "all_to_all" else range(1, min(size, 2))
         for distance in distances:
             there = np.roll(groups, -distance, axis=1)
@@ -97,18 +102,15 @@ class Fabric:
                 amounts = np.full(size, float(bytes_to[0]))
             if not amounts.any():
                 continue
-            messages += 1
             own += amounts[0]
             here, peer, weight = groups.ravel(), there.ravel(), np.tile(amounts, len(groups))
             crossed, slowest = self._links.send(sent, here, peer, weight)
             levels, latency = levels | crossed, max(latency, slowest)
         if not levels:
             return Flow(0.0, np.zeros(self.num_links), 0.0)
-        if self._in_turn:
-            latency *= messages
         several = pattern == "all_to_all" and len(levels) > 1
         efficiency = self._cluster.flat_efficiency if several else 1.0
-        return Flow(latency, sent / self._links.capacity, own, efficiency)
+        return Flow(latency, sent / self.capacity, own, efficiency)
 
 
 def telling(flows: Sequence[Flow]) -> NDArray[np.bool_]:

@@ -21,6 +21,7 @@ class Rates:
         launch_us: the host's for one operator, where the device runs behind the host; 0 on a CPU, and where the host
             starts whole compiled steps.
         core_seconds_per_byte: of the rank's own cores, to send a byte; 0 where others move the bytes.
+        messages: what is exchanged goes as messages between pairs of ranks (gloo), not in collectives.
         memory_gb: for weights and activations.
         source: where the figures are from.
         slower32: see above.
@@ -38,6 +39,7 @@ class Rates:
     memory_gb: float
     source: str
     slower32: float = 2.0
+    messages: bool = False
     measured: Mapping[Work, float] = field(default_factory=dict)
 
     def seconds(self, work: Sequence[Work], itemsize: int) -> float:
@@ -81,7 +83,7 @@ _DEVICES = (
     Rates("l20", 95.0, 80.0, 700.0, 2.5, 8.0, 0.0, 48.0, "assumed from data sheets"),
     Rates("max1550-tile", 180.0, 90.0, 900.0, 5.0, 12.0, 0.0, 64.0, "assumed from data sheets"),
     Rates("v5e", 140.0, 90.0, 650.0, 1.0, 0.0, 0.0, 16.0, "assumed from the data sheet: 197 TFLOPS, 819 GB/s"),
-    Rates("cpu", 0.12, 0.06, 4.0, 6.0, 0.0, 4e-9, 16.0, "assumed of one core", slower32=2.0),
+    Rates("cpu", 0.12, 0.06, 4.0, 6.0, 0.0, 4e-9, 16.0, "assumed of one core", messages=True),
 )
 DEVICES: Mapping[str, Rates] = MappingProxyType({rates.name: rates for rates in _DEVICES})
 

@@ -18,7 +18,7 @@ from cocodiff.planner.costs import MeshCosts
 from cocodiff.planner.program import Program
 from cocodiff.planner.rates import Rates
 from cocodiff.planner.recording import Known
-from cocodiff.planner.simulate import Timing, simulate
+from cocodiff.planner.simulate import Timing
 from cocodiff.planner.space import meshes, spreadings, ways
 from cocodiff.topology import Cluster
 
@@ -117,7 +117,7 @@ def search(task: Task, keep: int = 5) -> Found:
         if plan.pieces != 1 and exposed.get(whole, 0.0) < LEAST_GAIN:
             continue
         program, played = task.trace(plan), played + 1
-        timing = simulate(program, costs.for_program(program))
+        timing = costs.play(program)
         exposed[plan] = sum(timing.waiting.values()) / timing.total
         forwards = task.calls(plan.degrees)
         if mesh_best is None or forwards * timing.total < mesh_best.seconds:

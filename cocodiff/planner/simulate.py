@@ -1,8 +1,9 @@
 """Plays a program on links: when each piece of work runs, and what one forward takes. MODELLED seconds.
 
-All ranks run the same program in step, so one rank's compute and lanes are played; what they send is on the links of
-all ranks at once (`fabric.py`). Work that runs at the same time shares links and cores: each gets the same part of the
-speed that it would have alone, and what one cannot use the others may (max-min fairness).
+All ranks run the same program in step, as collectives make them, so one rank's compute and lanes are played; what they
+send is on the links of all ranks at once (`fabric.py`). Transfers that run at the same time share links: each gets the
+same part of the speed that it would have alone, and what one cannot use the others may (max-min fairness). What takes
+the messages of single ranks apart is in `messages.py`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Transfer:
 
     Attributes:
         latency: seconds before its bytes flow.
-        seconds: of each shared resource, alone; the first is the rank's cores.
+        seconds: of each link, alone.
         work: seconds of the lane's own operators before it.
     """
 
@@ -45,7 +46,7 @@ class Timing:
     Attributes:
         total: from the first operator to the last.
         compute: of the compute's operators, alone.
-        shared: by how much that took longer where transfers took part of the cores.
+        shared: by how much that took longer because the rank's own cores send.
         host: how long it stood still for the host, which starts every operator.
         waiting: level of the cluster -> how long the compute stood still for what travels through it.
     """
@@ -74,13 +75,9 @@ class Costs(Protocol):
     """What work and transfers take.
 
     Attributes:
-        early: messages of a lane leave as soon as their buffer exists and keep the link busy one after the other
-            (gloo); else a lane's next work begins when the one before has ended.
-        launch_seconds: of the host for one operator, where the device runs behind the host; 0 where the host is the
-            device.
+        launch_seconds: of the host for one operator; the device runs behind it.
     """
 
-    early: bool
     launch_seconds: float
 
     def compute_seconds(self, work: Sequence[Work]) -> float:
@@ -100,13 +97,13 @@ def simulate(program: Program, costs: Costs) -> Timing:
 
 class _Player:
     def __init__(self, costs: Costs, levels: int) -> None:
-        self._costs, self._early = costs, costs.early
+        self._costs = costs
         self._time = self._host = 0.0  # where the device is, and how far the host has come
-        self._compute = self._shared = self._waited_host = 0.0
+        self._compute = self._waited_host = 0.0
         self._waiting = [0.0] * levels
-        self._left_out = np.zeros(4 + levels)  # of repetitions that were not played
+        self._left_out = np.zeros(3 + levels)  # of repetitions that were not played
         self._jobs: list[_Job] = []
-        self._lanes: dict[tuple[int, str], list[_Job]] = {}  # jobs that have not ended, in order
+        self._lanes: dict[int, list[_Job]] = {}  # jobs that have not ended, in order
         self._known_work: dict[tuple[Work, ...], float] = {}
         self._known_sends: dict[Send, Transfer] = {}
 
@@ -124,11 +121,11 @@ class _Player:
             self._left_out += (self._reading() - before) * ((times - SETTLING - STEADY) / STEADY)
         for job in self._jobs:
             self._still(job)
-        total, compute, shared, host, *waiting = (self._reading() + self._left_out).tolist()
-        return Timing(total, compute, shared, host, {level: one for level, one in enumerate(waiting) if one})
+        total, compute, host, *waiting = (self._reading() + self._left_out).tolist()
+        return Timing(total, compute, 0.0, host, {level: one for level, one in enumerate(waiting) if one})
 
     def _reading(self) -> NDArray[np.float64]:
-        return np.array([self._time, self._compute, self._shared, self._waited_host, *self._waiting])
+        return np.array([self._time, self._compute, self._waited_host, *self._waiting])
 
     def _part(self, steps: Sequence[Step]) -> None:
         for step in steps:
@@ -138,7 +135,7 @@ class _Player:
                 seconds = self._known_work[step.work]
                 self._compute += seconds
                 self._hosted(1)
-                self._run(seconds)
+                self._play_until(self._time + seconds)
                 self._hosted(sum(one.count for one in step.work) - 1)
             elif isinstance(step, Send):
                 if step not in self._known_sends:
@@ -147,7 +144,7 @@ class _Player:
                 level = self._costs.level(step)
                 job = _Job(len(self._jobs), level, self._known_sends[step], after)
                 self._jobs.append(job)
-                self._lanes.setdefault((level, step.axis if self._early else ""), []).append(job)
+                self._lanes.setdefault(level, []).append(job)
                 self._hosted(LAUNCHES_PER_SEND + sum(one.count for one in step.work))
             else:
                 self._still(self._jobs[len(self._jobs) - step.back])
@@ -165,36 +162,18 @@ class _Player:
         self._play_until(_NEVER, job)
         self._waiting[job.level] += self._time - start
 
-    def _run(self, seconds: float) -> None:
-        """Compute for so long, as far as what is on the lanes leaves cores for it."""
-        start, left = self._time, seconds
-        while left > 0:
-            self._begin()
-            speeds, own = self._speeds(computing=True)
-            step = min(left / own, self._next(speeds))
-            left -= own * step
-            self._advance(step, speeds)
-            if left < 1e-12:
-                break
-        self._shared += self._time - start - seconds
-
     def _play_until(self, time: float, job: _Job | None = None) -> None:
         """Let the lanes go on until a time, or until a job has ended."""
         while self._time < time - 1e-15 and (job is None or job.done is None):
             self._begin()
-            speeds, _ = self._speeds(computing=False)
+            speeds = self._speeds()
             self._advance(min(self._next(speeds), time - self._time), speeds)
 
     def _begin(self) -> None:
         """Let jobs begin whose buffers exist and whose turn it is."""
-        for jobs in self._lanes.values():
-            for index, job in enumerate(jobs):
-                if job.begun is None:
-                    if job.after is not None and self._jobs[job.after].done is None:
-                        break
-                    if index and not self._early:
-                        break
-                    job.begun = self._time
+        for job in (jobs[0] for jobs in self._lanes.values() if jobs):
+            if job.begun is None and (job.after is None or self._jobs[job.after].done is not None):
+                job.begun = self._time
 
     def _flowing(self) -> list[_Job]:
         """The first of each lane, if its latency has passed."""
@@ -205,17 +184,13 @@ class _Player:
         assert job.begun is not None
         return job.begun + job.transfer.latency + job.transfer.work
 
-    def _speeds(self, computing: bool) -> tuple[dict[int, float], float]:
-        """How fast each flowing job runs, as a share of its whole a second; and the compute's share of its speed."""
+    def _speeds(self) -> dict[int, float]:
+        """How fast each flowing job runs, as a share of its whole a second."""
         flowing = self._flowing()
-        needs = [job.transfer.seconds for job in flowing]
-        alone = [max(max(one), 1e-12) for one in needs]
-        if computing:
-            needs = [*needs, (1.0,)]
-            alone = [*alone, 1.0]
-        shares = fair_shares([[amount / total for amount in one] for one, total in zip(needs, alone, strict=True)])
-        speeds = {job.number: share / total for job, share, total in zip(flowing, shares, alone, strict=False)}
-        return speeds, max(shares[-1], 1e-3) if computing else 0.0
+        alone = [max(max(job.transfer.seconds), 1e-12) for job in flowing]
+        needs = [[amount / total for amount in job.transfer.seconds] for job, total in zip(flowing, alone, strict=True)]
+        shares = fair_shares(needs)
+        return {job.number: share / total for job, share, total in zip(flowing, shares, alone, strict=True)}
 
     def _next(self, speeds: dict[int, float]) -> float:
         """Seconds until something ends or begins to flow."""
