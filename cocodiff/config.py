@@ -118,7 +118,8 @@ class Config:
             bytes; 1/32 where only keys and values cross), or a `cocodiff.Selective`. Fast links stay exact.
         pieces: into how many pieces a layer's rows are cut so that exchange and compute overlap; None lets the cost
             model decide.
-        plan: a file of `cocodiff plan --out`: degrees, placement, exchange and pieces are its own then.
+        plan: `"auto"`: the planner chooses degrees, placement, exchange and pieces at the first call of a shape. Or a
+            file of `cocodiff plan --out`, which has them.
 
     Examples:
         >>> Config(exchange="staged").schedule
@@ -156,7 +157,7 @@ class Config:
     def _check_plan(self) -> None:
         """A plan file decides what these settings would; it is read where ranks have joined."""
         if not isinstance(self.plan, str | os.PathLike):
-            raise ConfigError(f"plan={self.plan!r} is not the path of a file of cocodiff plan --out.")
+            raise ConfigError(f'plan={self.plan!r} is neither "auto" nor the path of a file of cocodiff plan --out.')
         fixed = {name: getattr(self, name) for name in (*DEGREES, "pieces") if getattr(self, name) is not None}
         fixed |= {} if self.exchange == "auto" else {"exchange": self.exchange}
         fixed |= {} if self.transmission == "exact" else {"transmission": self.transmission}

@@ -44,7 +44,7 @@ class Session:
 
     Args:
         cluster: of all ranks, with concrete sizes.
-        plan_run: chooses how the pipeline runs, by what its transformer is like.
+        plan_run: chooses how the pipeline runs, by what its transformer is like; None where that waits for a call.
         transport: makes the transport of a group.
 
     Attributes:
@@ -52,6 +52,7 @@ class Session:
         busy: held while a call runs.
         bytes: what was sent, ever.
         timeline: gets every span of compute while one is recording.
+        planned: plans that were made in calls, by what they were made for.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Session:
         job: Job,
         config: Config,
         cluster: Cluster,
-        plan_run: Callable[[ModelFacts], RunPlan],
+        plan_run: Callable[[ModelFacts], RunPlan | None],
         transport: TransportMaker = make_transport,
     ) -> None:
         self.job, self.config, self.cluster = job, config, cluster
@@ -67,7 +68,8 @@ class Session:
         self.timeline: Timeline | None = None
         self._plan_run, self._transport = plan_run, transport
         self._lanes: dict[int | str, Lane] = {}
-        self._plans: dict[ModelFacts, RunPlan] = {}
+        self._plans: dict[ModelFacts, RunPlan | None] = {}
+        self.planned: dict[object, RunPlan] = {}
         self._meshes: OrderedDict[tuple[Degrees, Placement | None], ConnectedMesh] = OrderedDict()
         self._settled: dict[int | str, int] = {}
         self._warned: set[str] = set()
@@ -85,8 +87,8 @@ class Session:
         """Whether nothing is connected yet."""
         return not self._meshes
 
-    def plan(self, model: ModelFacts) -> RunPlan:
-        """How a transformer runs; decided once for each kind of transformer, alike on all ranks."""
+    def plan(self, model: ModelFacts) -> RunPlan | None:
+        """How a transformer runs; decided once for each kind of transformer, alike on all ranks. None: at each call."""
         if model not in self._plans:
             self._plans[model] = self._plan_run(model)
         return self._plans[model]
@@ -172,11 +174,11 @@ class CallState:
     """One call of a pipeline, or one of a transformer by itself.
 
     Attributes:
-        plan, connected: how it runs, and the mesh for that.
         dtype: of the transformer.
+        chosen: how it runs, and the mesh for that; None until its first forward, where that decides.
         arguments: of the pipeline's call as diffusers wrote it, by name.
         guided: whether the pipeline calls the transformer twice a step, for guidance; known from its first forward on.
-        make_selective: makes `selective` at the first forward; None where everything is exact.
+        make_selective: makes `selective` at the first forward, None where everything is exact.
         selective: selective transmission over this call.
         branch_name: what diffusers calls the branch of guidance that runs ("cond", "uncond"); None where it says none.
         differing: transformer -> of each of its forwards, whether the inputs differed between ranks.
@@ -187,12 +189,11 @@ class CallState:
     """
 
     session: Session
-    plan: RunPlan
-    connected: ConnectedMesh
     dtype: torch.dtype
+    chosen: tuple[RunPlan, ConnectedMesh] | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
     guided: Callable[[], bool] = lambda: False
-    make_selective: Callable[[], SelectiveCall] | None = None
+    make_selective: Callable[[CallState], SelectiveCall | None] = lambda call: None
     selective: SelectiveCall | None = None
     branch_name: str | None = None
     differing: dict[object, list[Tensor]] = field(default_factory=dict)
@@ -200,6 +201,20 @@ class CallState:
     unpaired: list[Tensor] = field(default_factory=list)
     rounded: bool = False
     finite: list[Tensor] = field(default_factory=list)
+
+    def choose(self, plan: RunPlan) -> None:
+        """Run by this plan from here on. Collective over all ranks where its mesh is new."""
+        self.chosen = plan, self.session.connect(plan)
+
+    @property
+    def plan(self) -> RunPlan:
+        assert self.chosen is not None
+        return self.chosen[0]
+
+    @property
+    def connected(self) -> ConnectedMesh:
+        assert self.chosen is not None
+        return self.chosen[1]
 
     @property
     def mesh(self) -> Mesh:

@@ -17,7 +17,7 @@ from cocodiff.models import family_of
 from cocodiff.pipeline.call import subclass
 from cocodiff.pipeline.handle import Handle
 from cocodiff.pipeline.install import install, release
-from cocodiff.planner import plan_run
+from cocodiff.planner import plan_call, plan_run
 
 _log = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ def wrap_instance(pipeline: Any, config: Config, job: Job) -> Any:
                 pipeline.to(job.device)  # offloaded parts find their way by their hooks
             handle = Handle(job, config, type(pipeline))
             if job.world_size > 1:
-                install(pipeline, handle, plan_run)
+                install(pipeline, handle, plan_run, plan_call)
                 pipeline.__class__ = subclass(type(pipeline))
             else:
                 _say_one_rank(job)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.fault import Fault
 
 TRACE, SIMULATE = "tests/unit/test_planner_trace.py", "tests/unit/test_planner_simulate.py"
+MESSAGES = "tests/unit/test_planner_messages.py"
 LINKS = "tests/unit/test_planner_links.py"
 SEARCH = "tests/unit/test_planner_search.py"
 
@@ -15,7 +16,21 @@ PLANNER = (
     ),
     Fault(
         "a lane runs all at once", "cocodiff/planner/simulate.py",
-        "if index and not self._early:", "if False:", (SIMULATE,),
+        "for job in (jobs[0] for jobs in self._lanes.values() if jobs):",
+        "for job in (job for jobs in self._lanes.values() for job in jobs):", (SIMULATE,),
+    ),
+    Fault(
+        "messages do not queue", "cocodiff/planner/messages.py",
+        "self._free[link] = ended", "self._free[link] = now", (MESSAGES,),
+    ),
+    Fault(
+        "a message leaves before its receiver waits", "cocodiff/planner/messages.py",
+        "if (here, peer, job) not in self._awaited or", "if False or", (MESSAGES,),
+    ),
+    Fault(
+        "rank 0's plan is its own", "cocodiff/planner/at_call.py",
+        "found = gather_json(found, job.host_group)[0]", "found = found or gather_json(found, job.host_group)[0]",
+        ("tests/distributed/test_plan_auto.py",),
     ),
     Fault(
         "nothing shares a link", "cocodiff/planner/simulate.py",

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from cocodiff.bench.models import meta_transformer
 from cocodiff.errors import ConfigError
 from cocodiff.launch.job import Job
 from cocodiff.models.shapes import Shape
+from cocodiff.planner.wanted import meta_transformer
 
 BUILT_BYTES = 4  # of a weight while it is built: random numbers are drawn in float32
 ALIVE = 24  # tensors of a block's width that are alive at once, estimated: of the MLP and projections 16, 8 more

@@ -146,7 +146,8 @@ def our_method(
     session = Session(replace(job, shared=True), config, cluster, choose, transport)
     copied = _copy(model).to(job.device)
     forward = install_transformer(copied, family, session)
-    run = None if forward.plan().coded_from is None else RUN
+    plan = forward.plan()
+    run = None if plan is None or plan.coded_from is None else RUN
     times = None if run is None else lambda: [float(RUN - step) for step in range(RUN)]
     batched = bool(family.batched)
     around = partial(call_running, [forward], lambda: guided and not batched, batched, times)

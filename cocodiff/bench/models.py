@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cocodiff.errors import ConfigError
 from cocodiff.models import family_named
 from cocodiff.models.shapes import Recipe, Shape
 
@@ -25,19 +24,6 @@ def build_transformer(shape: Shape) -> nn.Module:
         torch.manual_seed(0)
         model = getattr(diffusers, recipe.transformer)(**recipe.config(shape))
     return nn.Module.to(model, getattr(torch, shape.dtype)).eval()  # diffusers' own `to` warns, naming no module
-
-
-def meta_transformer(shape: Shape) -> nn.Module:
-    """The same without memory for its weights. ConfigError if diffusers cannot make one."""
-    import diffusers
-
-    recipe = _recipe(shape)
-    try:
-        with torch.device("meta"):
-            return getattr(diffusers, recipe.transformer)(**recipe.config(shape))
-    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
-        size = f"{shape.heads} heads x {shape.head_dim}, {shape.double} + {shape.single} blocks"
-        raise ConfigError(f"{recipe.transformer} cannot be made with {size}: {error}.") from None
 
 
 def build_inputs(shape: Shape, device: torch.device, branch: int = 0) -> dict[str, Any]:

@@ -82,18 +82,12 @@ def call_running(
         times: of the run's steps, known from the first forward on; transmission is selective with them only.
     """
     session, plan = forwards[0].session, forwards[0].plan()
-    call = CallState(session, plan, session.connect(plan), forwards[0].transformer.dtype)
-    call.guided = guided = functools.cache(guided)
-    settings, level, mesh = plan.selective, plan.coded_from, call.mesh  # no cycle: what a call holds is freed with it
-    if settings is not None and level is not None and times is not None:
-
-        def selective() -> SelectiveCall:
-            branches = 2 if guided() and mesh.cfg.size == 1 and not batched else 1
-            links = SlowLinks(level, session.lane("encode"), session.lane("decode"))
-            kv_only = plan.kv_only(mesh)
-            return SelectiveCall(settings, kv_only, times, branches, session.device, session.warn, links)
-
-        call.make_selective = selective
+    call = CallState(session, forwards[0].transformer.dtype)
+    if plan is not None:
+        call.choose(plan)
+    call.guided = functools.cache(guided)
+    if times is not None:
+        call.make_selective = partial(_selective, batched=batched, times=times)
     with ExitStack() as stack:
         for forward in forwards:
             stack.enter_context(forward.in_call(call))
@@ -102,6 +96,18 @@ def call_running(
         except BaseException:
             call.drop()  # whoever keeps the exception keeps the call, by its frames
             raise
+
+
+def _selective(call: CallState, batched: bool, times: Callable[[], Sequence[float]]) -> SelectiveCall | None:
+    """What selective transmission is in a call, as its first forward begins; None where everything is exact."""
+    plan, session = call.plan, call.session
+    if plan.selective is None or plan.coded_from is None:
+        return None
+    branches = 2 if call.guided() and call.mesh.cfg.size == 1 and not batched else 1
+    links = SlowLinks(plan.coded_from, session.lane("encode"), session.lane("decode"))
+    return SelectiveCall(
+        plan.selective, plan.kv_only(call.mesh), times, branches, session.device, session.warn, links
+    )  # fmt: skip
 
 
 def _run(pipeline: Any, original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -124,10 +130,12 @@ def _run(pipeline: Any, original: Callable, args: tuple, kwargs: dict[str, Any])
             with _quiet(pipeline, job.is_main), running as call:
                 call.arguments = given  # which a call within this one may replace
                 result = original(pipeline, *args, **kwargs)
-            if call.mesh.cfg.size > 1 and not (family.batched or call.guided()):
+            if call.chosen is not None and call.mesh.cfg.size > 1 and not (family.batched or call.guided()):
                 text = "cfg_degree=2, but this call has no guidance: both halves of the ranks compute the same."
                 session.warn("idle half", text)
             session.settle()
+        if call.chosen is None:  # no transformer ran
+            return result
         with job.watched("the report of a call"):  # a rank that waits in the other for one that is here must hear it
             check_call(call)
             check_result(result, call, name)

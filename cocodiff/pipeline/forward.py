@@ -8,7 +8,7 @@ projection.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,6 +31,9 @@ from cocodiff.pipeline.selective_forward import begin_forward, end_forward
 from cocodiff.plan import ModelFacts, RunPlan
 from cocodiff.state import CallState, ForwardState, Session
 
+# A transformer's forward, its arguments and the branches of guidance -> how it runs. Collective over all ranks.
+PlanCall = Callable[["ShardedForward", Mapping[str, Any], int], RunPlan]
+
 
 class ShardedForward:
     """Stands in place of one transformer's forward.
@@ -38,6 +41,7 @@ class ShardedForward:
     Args:
         forward: what stood there before, called with shards.
         row: the transformer's blocks.
+        plan_call: how a forward runs where the session has no plan for all.
         attentions: the modules whose processors must stay ours.
         patches: all that was done to this transformer; taken back when its last wrapped pipeline lets go.
 
@@ -56,9 +60,11 @@ class ShardedForward:
         row: BlockRow,
         attentions: Sequence[nn.Module],
         patches: Patches,
+        plan_call: PlanCall,
     ) -> None:
+        self._plan_call = plan_call
         self.session, self.transformer, self.users = session, transformer, 1
-        self.patches, self._family, self._facts, self._forward, self.row = patches, family, facts, forward, row
+        self.patches, self.family, self.facts, self._forward, self.row = patches, family, facts, forward, row
         self._signature = inspect.signature(forward)
         self._attentions: list[tuple[Any, Any]] = [(attn, attn.processor) for attn in attentions]
         self._originals = Originals()
@@ -99,11 +105,12 @@ class ShardedForward:
 
         return named
 
-    def plan(self) -> RunPlan:
-        """How this transformer runs."""
-        return self.session.plan(self._facts)
+    def plan(self) -> RunPlan | None:
+        """How this transformer runs, or ran last; None where its first call will decide."""
+        plan = self.session.plan(self.facts)
+        return plan or next(reversed(self.session.planned.values()), None)
 
-    def check(self, mesh: Mesh) -> None:
+    def check(self, mesh: Mesh | None) -> None:
         """Raise unless every part of ours is in place and nothing was set that shards cannot follow.
 
         Raises:
@@ -119,7 +126,7 @@ class ShardedForward:
                 )
         self.patches.check()
         refuse_modifications(self.transformer, self._originals)
-        blocks = [block for name in self._family.blocks for block in getattr(self.transformer, name)]
+        blocks = [block for name in self.family.blocks for block in getattr(self.transformer, name)]
         if len(blocks) != len(self.row.blocks) or any(
             block is not known.module for block, known in zip(blocks, self.row.blocks, strict=True)
         ):
@@ -127,18 +134,19 @@ class ShardedForward:
                 f"blocks of the transformer were replaced, added or removed after cocodiff.wrap ({len(blocks)} now, "
                 f"{len(self.row.blocks)} then): unwrap(pipe) and wrap(pipe) again."
             )
-        if mesh.ring.size > 1:
+        if mesh is not None and mesh.ring.size > 1:
             self._check_backends(mesh.ring.size)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        call = self.call
-        if call is None:
-            call = CallState(self.session, self.plan(), self.session.connect(self.plan()), self.transformer.dtype)
-        self.check(call.mesh)
+        call = self.call or CallState(self.session, self.transformer.dtype)
         if torch.is_grad_enabled():
             raise UsageError("exchanges carry no gradients: call the transformer under torch.no_grad().")
         given = self._signature.bind(*args, **kwargs).arguments
         self._refuse(given)
+        if call.chosen is None:
+            self.check(None)
+            call.choose(self.session.plan(self.facts) or self._plan_call(self, given, self._branches(call, given)))
+        self.check(call.mesh)
         if self.call is None:
             caller = "called by itself, or by a pipeline that is not wrapped: cocodiff.wrap(that) first"
             agree(given, call.mesh.host_group, f"the transformer's input ({caller})")
@@ -149,7 +157,7 @@ class ShardedForward:
             return self.on_shards(call, given, conditioning)
         as_tuple = given.get("return_dict") is False
         output = run_branch(
-            call, self._family, self.transformer, given,
+            call, self.family, self.transformer, given,
             lambda part: self.on_shards(call, part | {"return_dict": False}, conditioning)[0],
         )  # fmt: skip
         if as_tuple:
@@ -158,8 +166,13 @@ class ShardedForward:
 
         return Transformer2DModelOutput(sample=output)
 
+    def _branches(self, call: CallState, given: dict[str, Any]) -> int:
+        """How many branches of guidance a step has, as far as a forward knows: an even batch may hold both."""
+        both = self.family.batched and len(given["hidden_states"]) % 2 == 0
+        return 2 if both or call.guided() else 1
+
     def on_shards(self, call: CallState, given: dict[str, Any], conditioning: Any) -> Any:
-        family, sequence = self._family, call.mesh.sequence
+        family, sequence = self.family, call.mesh.sequence
         counts = family.token_counts(self.transformer, given)
         tokens = Tokens.split(counts, sequence.size, sequence.rank)
         layers = [(attn.heads, attn.inner_dim // attn.heads) for attn, _ in self._attentions]
@@ -204,7 +217,7 @@ class ShardedForward:
     def _refuse(self, given: dict[str, Any]) -> None:
         kwargs = {**(given.get("joint_attention_kwargs") or {}), **(given.get("attention_kwargs") or {})}
         unknown = dict.fromkeys(kwargs.keys() - {"scale"}, "it is for attention processors, whose place cocodiff takes")
-        for name, reason in {**unknown, **self._family.refused}.items():  # `scale` is LoRA's, and diffusers applies it
+        for name, reason in {**unknown, **self.family.refused}.items():  # `scale` is LoRA's, and diffusers applies it
             if {**given, **kwargs}.get(name) is not None:
                 raise ConfigError(f"{name} was given, but {reason}. Leave it out, or run without cocodiff.wrap.")
 

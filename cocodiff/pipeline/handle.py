@@ -57,12 +57,15 @@ class Handle:
 
     @property
     def plan(self) -> RunPlan | None:
-        """How the pipeline runs: mesh, exchange, schedule, transmission; None on one rank."""
+        """How the pipeline runs: mesh, exchange, schedule, transmission.
+
+        None on one rank, and before the first call where that decides (`plan="auto"`); then how it ran last.
+        """
         return next((forward.plan() for forward in self.forwards.values()), None)
 
     @property
     def mesh(self) -> Mesh | None:
-        """The axes and this rank's place on them: `print(pipe.cocodiff.mesh)`; None on one rank."""
+        """The axes and this rank's place on them: `print(pipe.cocodiff.mesh)`; None where there is no plan."""
         session, plan = self.session, self.plan
         return None if session is None or plan is None else session.connect(plan).mesh
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from cocodiff.errors import ConfigError, PatchError
 from cocodiff.launch.agree import agree
 from cocodiff.models import Family, family_of
 from cocodiff.pipeline.compare import pipeline_state
-from cocodiff.pipeline.forward import ShardedForward
+from cocodiff.pipeline.forward import PlanCall, ShardedForward
 from cocodiff.pipeline.handle import Handle
 from cocodiff.pipeline.install_blocks import install_blocks
 from cocodiff.pipeline.patches import Patches
@@ -25,10 +25,10 @@ from cocodiff.topology import Cluster, load_cluster
 
 _log = logging.getLogger(__name__)
 
-PlanRun = Callable[[Config, Cluster, str, ModelFacts], RunPlan]
+PlanRun = Callable[[Config, Cluster, str, ModelFacts], RunPlan | None]
 
 
-def install(pipeline: Any, handle: Handle, plan_run: PlanRun) -> None:
+def install(pipeline: Any, handle: Handle, plan_run: PlanRun, plan_call: PlanCall) -> None:
     """Put ours on every transformer of a pipeline. Collective over all ranks, more than one.
 
     Raises:
@@ -58,7 +58,7 @@ def install(pipeline: Any, handle: Handle, plan_run: PlanRun) -> None:
                 forward.users += 1
             else:
                 made = made or Session(job, config, cluster, partial(plan_run, config, cluster, job.device.type))
-                forward = install_transformer(transformer, family, made)
+                forward = install_transformer(transformer, family, made, plan_call)
             forwards[name] = forward
     except BaseException:
         for forward in forwards.values():
@@ -68,7 +68,14 @@ def install(pipeline: Any, handle: Handle, plan_run: PlanRun) -> None:
     handle.cluster = forwards[names[0]].session.cluster
 
 
-def install_transformer(transformer: Any, family: Family, session: Session) -> ShardedForward:
+def unplanned(forward: ShardedForward, given: Mapping[str, Any], branches: int) -> RunPlan:
+    """Where the session has a plan for all calls."""
+    raise AssertionError("no plan was made")
+
+
+def install_transformer(
+    transformer: Any, family: Family, session: Session, plan_call: PlanCall = unplanned
+) -> ShardedForward:
     """Put our forwards on one transformer and its blocks. Collective where the session's mesh is new."""
     parts = [module for module in transformer.modules() if hasattr(module, "processor")]
     if any(type(part.processor).__module__.startswith("cocodiff.") for part in parts):
@@ -79,19 +86,19 @@ def install_transformer(transformer: Any, family: Family, session: Session) -> S
         plan = session.plan(facts)
         if first and session.job.host_group is not None:  # ranks with other plans would wait in other groups
             agree({"plan": repr(plan)}, session.job.host_group, "cocodiff.wrap")
-        connected = session.connect(plan)
-        if first and session.job.is_main:
+        mesh = None if plan is None else session.connect(plan).mesh
+        if first and session.job.is_main and plan is not None and mesh is not None:
             _log.info("mesh: %s (%s)", plan.degrees, plan.degrees.reason)
             if plan.selective is not None:
-                _say_where(plan, connected.mesh, session)
+                _say_where(plan, mesh, session)
         attentions = install_blocks(family, row, transformer, patches)
         forward = ShardedForward(
-            session, family, facts, transformer, own_forward(transformer), row, attentions, patches
+            session, family, facts, transformer, own_forward(transformer), row, attentions, patches, plan_call
         )  # fmt: skip
         patches.set(transformer, "forward", forward)
         if hasattr(transformer, "cache_context"):
             patches.set(transformer, "cache_context", forward.announced(transformer.cache_context))
-        forward.check(connected.mesh)
+        forward.check(mesh)
     except BaseException:
         patches.undo()
         if session.users == 0:

@@ -32,8 +32,8 @@ def begin_forward(
     Raises:
         ConfigError: in the first forward of a call, on every rank, where the copies would not fit.
     """
-    if call.selective is None and call.make_selective is not None:
-        call.selective = call.make_selective()
+    if call.selective is None:
+        call.selective = call.make_selective(call)
     if call.selective is None or given.get("skip_layers") is not None:
         return None  # SD3's guidance by skipped layers is a forward beside the branches, now and then
     latents = given["hidden_states"]

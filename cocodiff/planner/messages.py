@@ -83,10 +83,10 @@ def play_messages(program: Program, costs: MessageCosts) -> Timing:
     for first, last, times in _repeated(program):
         some = np.mean([rank.readings[last] - rank.readings[first] for rank in played.ranks], axis=0)
         left_out += some * ((times - SETTLING - STEADY) / STEADY)
-    mean = np.mean(totals, axis=0) + left_out
     total = max(one[0] for one in totals) + left_out[0]
-    waiting = {level: float(one) for level, one in enumerate(mean[3:]) if one}
-    return Timing(float(total), float(mean[1]), float(mean[2]), 0.0, waiting)
+    mean, compute, shared, *waiting = (np.mean(totals, axis=0) + left_out).tolist()
+    waiting[-1] += total - mean  # for the last rank
+    return Timing(float(total), compute, shared, 0.0, {level: one for level, one in enumerate(waiting) if one > 0})
 
 
 def _repeated(program: Program) -> Iterator[tuple[int, int, int]]:
@@ -142,9 +142,8 @@ class _Messages:
             if isinstance(step, int):
                 rank.read()
             elif isinstance(step, Compute):
-                seconds = self._of(step.work)
-                rank.compute += seconds
-                rank.time += seconds * (1 + JITTER * self._draw.gauss(0, 1))
+                seconds = self._of(step.work) * (1 + JITTER * self._draw.gauss(0, 1))
+                rank.compute, rank.time = rank.compute + seconds, rank.time + seconds
                 return self._at(rank.time, self._go_on, number)
             elif isinstance(step, Send):
                 self._submit(number, step)

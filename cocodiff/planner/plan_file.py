@@ -47,7 +47,7 @@ def read_plan(path: str | os.PathLike[str], cluster: Cluster) -> RunPlan:
     if not isinstance(found, dict) or found.get("schema") != SCHEMA or not found.get("plans"):
         raise ConfigError(f"{where} is no plan (schema {SCHEMA}): write one with cocodiff plan --out FILE.")
     try:
-        plan = _plan(found["plans"][0])
+        plan = plan_of_json(found["plans"][0])
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{where} is damaged ({type(error).__name__}: {error}): write it anew.") from error
     ranks = plan.degrees.cfg * plan.degrees.ring * plan.degrees.ulysses
@@ -58,7 +58,8 @@ def read_plan(path: str | os.PathLike[str], cluster: Cluster) -> RunPlan:
     return plan
 
 
-def _plan(found: dict[str, Any]) -> RunPlan:
+def plan_of_json(found: dict[str, Any]) -> RunPlan:
+    """What `plan_as_json` made. KeyError, TypeError or ValueError for anything else."""
     cfg, ring, ulysses = (found[name] for name in _DEGREES)
     if any(not isinstance(count, int) or isinstance(count, bool) or count < 1 for count in (cfg, ring, ulysses)):
         raise ValueError(f"degrees {cfg}, {ring}, {ulysses}")

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+import torch
+
 from cocodiff.errors import ConfigError
 from cocodiff.planner.program import Work
 
@@ -89,6 +91,17 @@ DEVICES: Mapping[str, Rates] = MappingProxyType({rates.name: rates for rates in 
 
 # The devices of the clusters known by name.
 _OF_CLUSTER = {"aurora": "max1550-tile", "polaris": "a100", "dgx-h100": "h100", "v5e": "v5e"}
+
+
+def rates_here(device: torch.device) -> Rates:
+    """The rates of a device at hand, by its name; those of the slowest accelerator known for one that is not."""
+    if device.type == "cpu":
+        return DEVICES["cpu"]
+    name = torch.get_device_module(device).get_device_name(device).lower()
+    for word, known in (("h100", "h100"), ("h200", "h100"), ("a100", "a100"), ("l20", "l20"), ("max", "max1550-tile")):
+        if word in name:
+            return DEVICES[known]
+    return replace(DEVICES["l20"], source=f"assumed to be like an l20's, since {name!r} is not known")
 
 
 def rates_of(device: str | None, cluster_name: str) -> Rates:

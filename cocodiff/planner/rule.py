@@ -15,8 +15,10 @@ from cocodiff.selective.schedule import coded_from, names_level
 from cocodiff.topology import Cluster
 
 
-def plan_run(config: Config, cluster: Cluster, device_type: str, model: ModelFacts) -> RunPlan:
+def plan_run(config: Config, cluster: Cluster, device_type: str, model: ModelFacts) -> RunPlan | None:
     """Choose the mesh of an exact run, or, where selective transmission applies and gains time, the mesh for that.
+
+    None where `plan="auto"` leaves that to each call.
 
     Args:
         cluster: of all ranks, with concrete sizes.
@@ -24,6 +26,8 @@ def plan_run(config: Config, cluster: Cluster, device_type: str, model: ModelFac
     Raises:
         ConfigError: with the numbers, where no mesh has the degrees that were given, or `config.plan` cannot be used.
     """
+    if config.plan == "auto":
+        return None
     if config.plan is not None:
         planned = read_plan(config.plan, cluster)
         choose_degrees(cluster, model.heads, *planned.degrees.counts)  # raises where the heads are too few

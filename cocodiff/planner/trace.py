@@ -113,7 +113,8 @@ def recorded_mesh(cluster: Cluster, plan: RunPlan) -> Mesh:
 def _run(recorder: Recorder, forward: Any, session: Session, plan: RunPlan, given: Mapping[str, Any]) -> list:
     parts: list[tuple[Step, ...]] = []
     transformer = forward.transformer
-    call = CallState(session, plan, session.connect(plan), transformer.dtype)
+    call = CallState(session, transformer.dtype)
+    call.choose(plan)
     row = forward.row
 
     def begins(module: Any, args: Any) -> None:

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cocodiff.errors import ConfigError
 from cocodiff.models import FAMILIES, family_named
 from cocodiff.models.shapes import Recipe, Shape
-from cocodiff.plan import RunPlan
-from cocodiff.planner.program import Program
 from cocodiff.planner.rates import Rates
-from cocodiff.planner.recording import Known
 from cocodiff.planner.search import Task
-from cocodiff.planner.trace import trace
+from cocodiff.planner.task import task_of
 from cocodiff.topology import Cluster
 
 # Released models, by the shapes that have their layers, heads and widths.
@@ -84,34 +80,32 @@ def wanted(model: str, height: int | None, width: int | None, frames: int | None
 
 def task(asked: Wanted, cluster: Cluster, rates: Rates, memory_bytes: float | None) -> Task:
     """What the search needs; the transformer is built on the meta device, without memory for its weights."""
-    import diffusers
-
     shape, family = asked.shape, family_named(asked.shape.family)
     recipe: Recipe = family.part("shapes").RECIPE
     dtype = getattr(torch, shape.dtype)
-    with torch.device("meta"):
-        built = getattr(diffusers, recipe.transformer)(**recipe.config(shape))
-    transformer = torch.nn.Module.to(built, dtype).eval()  # diffusers' own `to` warns, naming no module
-    given = recipe.inputs(shape, lambda *sizes: torch.empty(sizes, dtype=dtype, device="meta"))
-    known: Known = {}
-
-    @cache
-    def of(plan: RunPlan) -> Program:
-        both = asked.branches > 1 and plan.degrees.cfg == 1 and bool(family.batched)
-        inputs = _twice(given, family.batched) if both else given
-        return trace(transformer, family, inputs, cluster, plan, known)
-
-    def traced(plan: RunPlan) -> Program:
-        # Only the stages of a staged exchange depend on where ranks are.
-        return of(plan if plan.exchange == "staged" else replace(plan, placement=None))
-
-    forwards = 1 if asked.branches > 1 and family.batched else asked.branches
-    return Task(cluster, rates, shape.heads, dtype.itemsize, asked.branches, forwards, traced, known, memory_bytes)
+    one = recipe.inputs(shape, lambda *sizes: torch.empty(sizes, dtype=dtype, device="meta"))
+    batched = asked.branches > 1 and bool(family.batched)
+    twice = {name: _twice(value) if name in family.batched else value for name, value in one.items()}
+    return task_of(
+        meta_transformer(shape), family, shape.heads, (one, twice if batched else one), asked.branches, cluster, rates,
+        memory_bytes,
+    )  # fmt: skip
 
 
-def _twice(given: dict[str, Any], batched: Any) -> dict[str, Any]:
+def meta_transformer(shape: Shape) -> nn.Module:
+    """A transformer of this shape, without memory for its weights. ConfigError if diffusers cannot make one."""
+    import diffusers
+
+    recipe: Recipe = family_named(shape.family).part("shapes").RECIPE
+    try:
+        with torch.device("meta"):
+            built = getattr(diffusers, recipe.transformer)(**recipe.config(shape))
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        size = f"{shape.heads} heads x {shape.head_dim}, {shape.double} + {shape.single} blocks"
+        raise ConfigError(f"{recipe.transformer} cannot be made with {size}: {error}.") from None
+    return nn.Module.to(built, getattr(torch, shape.dtype)).eval()  # diffusers' own `to` warns, naming no module
+
+
+def _twice(value: Any) -> Any:
     """Both branches of guidance in one batch."""
-    return {
-        name: torch.cat([value, value]) if name in batched and isinstance(value, Tensor) else value
-        for name, value in given.items()
-    }
+    return torch.cat([value, value]) if isinstance(value, Tensor) else value

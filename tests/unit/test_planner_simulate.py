@@ -20,10 +20,8 @@ from cocodiff.topology import Cluster, Level
 class Fixed:
     """Work takes its FLOPs in seconds; a send takes its bytes in seconds, of the link named by its axis."""
 
-    early: bool = False
     launch_seconds: float = 0.0
     latency: float = 0.0
-    cores: float = 0.0
     links: list = field(default_factory=lambda: ["a", "b"])
 
     def compute_seconds(self, work):
@@ -31,7 +29,7 @@ class Fixed:
 
     def transfer(self, send):
         seconds = [float(send.bytes_to[0]) if send.axis == link else 0.0 for link in self.links]
-        return Transfer(self.latency, (self.cores * send.bytes_to[0], *seconds))
+        return Transfer(self.latency, tuple(seconds))
 
     def level(self, send):
         return self.links.index(send.axis)
@@ -63,25 +61,18 @@ def test_a_lane_runs_one_at_a_time_and_two_links_at_once():
     assert took([send(2), send(3, "b", after=1), Wait(1)]).total == pytest.approx(5), "the second needs the first"
 
 
-@pytest.mark.parametrize(("early", "total"), [(False, 2 * (0.5 + 2)), (True, 0.5 + 2 + 2)])
-def test_latencies_of_early_messages_overlap(early, total):
-    assert took([send(2), send(2), Wait(1)], early=early, latency=0.5).total == pytest.approx(total)
+def test_latencies_of_one_lane_add_up():
+    assert took([send(2), send(2), Wait(1)], latency=0.5).total == pytest.approx(2 * (0.5 + 2))
 
 
 def test_axes_on_one_link_share_it():
     class OneLink(Fixed):
         def transfer(self, send):
-            return Transfer(0.0, (0.0, float(send.bytes_to[0])))
+            return Transfer(0.0, (float(send.bytes_to[0]),))
 
     steps = (send(2), send(1, "b"), Wait(1), Wait(2))
     timing = simulate(Program(((steps, 1),)), OneLink())
     assert timing.total == pytest.approx(3)  # the second ends after 2, when each has had half
-
-
-def test_sending_takes_cores_from_the_compute():
-    timing = took([send(4), compute(2), Wait(1)], cores=0.5)
-    # Compute wants all of the cores and the send half: fair shares are two thirds and two thirds of each.
-    assert timing.shared == pytest.approx(1) and timing.total == pytest.approx(3 + (4 - 3 * 2 / 3))
 
 
 def test_a_host_that_is_slower_than_its_device():
@@ -101,8 +92,8 @@ def test_repetitions_that_are_left_out_count(monkeypatch):
 CLUSTER = Cluster("c", (Level("gpu", 2, 1.0, 1.0), Level("node", 2, 0.1, 10.0)))
 
 
-def flow(axis, bytes_to, degrees, pattern="all_to_all", placement=None, cluster=CLUSTER, in_turn=False):
-    return Fabric(cluster, degrees, placement, in_turn).flow(Send(axis, pattern, bytes_to, None, (), ""))
+def flow(axis, bytes_to, degrees, pattern="all_to_all", placement=None, cluster=CLUSTER):
+    return Fabric(cluster, degrees, placement).flow(Send(axis, pattern, bytes_to, None, (), ""))
 
 
 def test_flows_of_exchanges():
@@ -111,7 +102,6 @@ def test_flows_of_exchanges():
     assert max(one.seconds) == pytest.approx(2 * 2 * 100 / (2 * 0.1e9)) and one.sent_bytes == 300
     assert np.count_nonzero(np.isclose(one.seconds, max(one.seconds))) == 4, "both nodes, out and in"
     assert one.latency_seconds == pytest.approx(10e-6)
-    assert flow("ulysses", (1, 1, 1, 1), Degrees(1, 1, 4), in_turn=True).latency_seconds == pytest.approx(30e-6)
     inside = flow("ulysses", (100, 100), Degrees(1, 2, 2))
     assert max(inside.seconds) == pytest.approx(100 / 1e9)
     across = flow("ulysses", (100, 100), Degrees(1, 2, 2), placement=Placement((1, 1), (2, 1), (1, 2)))

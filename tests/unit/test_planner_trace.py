@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cocodiff.bench.models import meta_transformer
 from cocodiff.models import FAMILIES, family_named
 from cocodiff.models.shapes import Shape
 from cocodiff.parallel.mesh import Degrees
@@ -15,6 +14,7 @@ from cocodiff.parallel.placement import Placement
 from cocodiff.plan import RunPlan
 from cocodiff.planner.program import Compute, Program, Send, Wait
 from cocodiff.planner.trace import trace
+from cocodiff.planner.wanted import meta_transformer
 from cocodiff.topology import Cluster, Level
 
 TWO_BY_TWO = Cluster("c", (Level("gpu", 2, 1.0, 1.0), Level("node", 2, 0.1, 10.0)))
