@@ -64,6 +64,6 @@ def test_a_call_is_planned_once_for_its_shape_and_alike_everywhere():
         assert before == (None, None)
         assert max(errors) < LIMIT, errors
         assert plans == found[0][2] and plans[:2] == plans[2:], "what was planned once holds"
-        assert plans[0][1][0] == 2, "the branches of guidance are what crosses the slow level"
+        assert (1, 1, 4) not in {degrees for _, degrees in plans}, "which would send most over the slow level"
         assert asked == (2 if rank == 0 else 0)
         assert "no such operator" in told and "leave plan out" in told
