@@ -106,8 +106,7 @@ class Fabric:
             return Flow(0.0, np.zeros(self.num_links), 0.0)
         if self._in_turn:
             latency *= messages
-        several = pattern == "all_to_all" and len(levels) > 1
-        efficiency = self._cluster.flat_efficiency if several else 1.0
+        efficiency = self._cluster.flat_share(levels) if pattern == "all_to_all" else 1.0
         return Flow(latency, sent / self._links.capacity, own, efficiency)
 
 
