@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.planned import seconds_of
 from cocodiff.parallel.mesh import Degrees
-from cocodiff.parallel.placement import Placement
+from cocodiff.parallel.placement import Placement, default_placement
 from cocodiff.plan import RunPlan
 from cocodiff.planner.fabric import Fabric
 from cocodiff.planner.rates import Rates
@@ -69,9 +69,10 @@ def refined(of: Task, placed: Placed, most: int = 3) -> dict[RunPlan, float]:
 
 
 def all_ulysses(of: Task) -> Degrees:
-    """One axis of all ranks, or of as many as the heads allow, in rings."""
-    ranks = of.cluster.num_ranks
-    ulysses = max(size for size in range(1, min(ranks, of.heads) + 1) if ranks % size == 0)
+    """One axis of all ranks, or of as many as the heads allow and whole parts of the cluster hold, in rings."""
+    ranks, sizes = of.cluster.num_ranks, of.cluster.sizes
+    fitting = [size for size in range(1, min(ranks, of.heads) + 1) if ranks % size == 0]
+    ulysses = max(size for size in fitting if default_placement(sizes, (1, ranks // size, size)) is not None)
     return Degrees(1, ranks // ulysses, ulysses)
 
 
