@@ -218,37 +218,40 @@ whole; of CoCoDiff's models then the best three of these with every exchange and
 the ranks of each axis along each level, innermost first.
 """
 NOTES = {
-    "AoiZora": """Seconds of a step; the other columns are multiples of the best plan. "All-Ulysses" is as many ranks as
-the heads allow (12 of the 1.3B model), the others in rings; where heads do not divide, some ranks have more. "In
+    "AoiZora": """Seconds of a step; the other columns are multiples of the best plan. "All-Ulysses" is as many ranks
+as the heads allow (12 of the 1.3B model), the others in rings; where heads do not divide, some ranks have more. "In
 natural order" is the best plan's mesh in the launcher's order of ranks; "best in natural order" is what a planner
 without placements takes. "Placement, most": worst placement against best of one mesh, the mesh that has most to lose.
 The paper's meshes also have tensor parallelism and sharded weights; ours have not.""",
-    "CoCoDiff": """Plain Ulysses, exchanges one after the other, all ranks in one ulysses axis as far as the heads
-and whole nodes allow, the others in rings; then staging and V first concern the inner axis alone. Selective transmission is not
-modelled yet: the paper's 2.9 of V-Major has no column. "Host free": the same with a host that starts operators in no
-time. Where those gains are larger, a step waits for the host, and a staged exchange has more operators to start.""",
+    "CoCoDiff": """Plain Ulysses, exchanges one after the other, all ranks in one ulysses axis as far as the heads and
+whole nodes allow, the others in rings; then staging and V first concern the inner axis alone. Selective transmission
+is not modelled yet: the paper's 2.9 of V-Major has no column. "Host free": the same with a host that starts operators
+in no time. Where those gains are larger, a step waits for the host, and a staged exchange has more operators to
+start.""",
     "H100": """1024 x 1024 pixels. The published runs are of other engines, on other hosts and with other versions.""",
 }
 
 TELLS = {
-    "AoiZora": """What it tells. The gain over all-Ulysses comes from the branches of guidance side by side, and on 8 chips
-from 12 heads that do not divide; on a 2x2 slice nothing matters. The same mesh placed badly loses about what the paper
-says. A planner without placements would lose next to nothing here, since our natural order keeps the ulysses axis on
-one dimension: the paper's 2.7 to 82 % depend on an order that we do not know. One block ranks plans nearly as well as
-all do. The paper's 0.371 cannot come from the blocks, which are alike: perhaps from how a compiler treats a short
-program, which a model of operators does not see.""",
-    "CoCoDiff": f"""What it tells. SD3.5 at 1536² on two nodes is near the paper's ratios. It was not so while the preset
-had one share for all flat exchanges, the {AURORA.flat_efficiency:.3f} of one node: staging then gained 1.11 there. xccl,
-measured on two nodes, reaches {AURORA.levels[-1].flat_efficiency:.3f} of what the NICs can carry, which no test on one
-node shows. Small pictures on many ranks wait for the host, and staging loses: its operators are more. With the assumed
-12 us each the model is perhaps too hard on it; the paper shows no such loss. One exchange by itself: the ratio at 48 MB
-is the preset's own constant. The paper's staged exchange takes 6.0 ms at every size, which no bandwidth explains, and
-its flat one is far slower than what xccl reaches in public measurements on one node (4 MiB a rank in 0.24 ms). Both
-cannot hold; the model lies between them, below the paper's times by 2 at 48 MB and by 4 to 16 at 6 MB.""",
-    "H100": """What it tells. Published runs of one GPU differ by 1.3 among themselves: 50 steps in 9.30 s are 28 in 5.21,
-beside 6.27 and 6.71. Scaling is modelled too well: a collective costs more than the preset's 5 us, and eager engines
-wait for their hosts longer than 8 us an operator would make them. Plans that differ in the number of collectives or
-operators are therefore compared too mildly on H100; both figures want a measurement on the ranks at hand.""",
+    "AoiZora": """What it tells. The gain over all-Ulysses comes from the branches of guidance side by side, and on 8
+chips from 12 heads that do not divide; on a 2x2 slice nothing matters. The same mesh placed badly loses about what
+the paper says. A planner without placements would lose next to nothing here, since our natural order keeps the
+ulysses axis on one dimension: the paper's 2.7 to 82 % depend on an order that we do not know. One block ranks plans
+nearly as well as all do. The paper's 0.371 cannot come from the blocks, which are alike: perhaps from how a compiler
+treats a short program, which a model of operators does not see.""",
+    "CoCoDiff": f"""What it tells. SD3.5 at 1536² on two nodes is near the paper's ratios. It was not so while the
+preset had one share for all flat exchanges, the {AURORA.flat_efficiency:.3f} of one node: staging then gained 1.11
+there. xccl, measured on two nodes, reaches {AURORA.levels[-1].flat_efficiency:.3f} of what the NICs can carry, which
+no test on one node shows. Small pictures on many ranks wait for the host, and staging loses: its operators are more.
+With the assumed 12 us each the model is perhaps too hard on it; the paper shows no such loss. One exchange by itself:
+the ratio at 48 MB is the preset's own constant. The paper's staged exchange takes 6.0 ms at every size, which no
+bandwidth explains, and its flat one is far slower than what xccl reaches in public measurements on one node (4 MiB a
+rank in 0.24 ms). Both cannot hold; the model lies between them, below the paper's times by 2 at 48 MB and by 4 to 16
+at 6 MB.""",
+    "H100": """What it tells. Published runs of one GPU differ by 1.3 among themselves: 50 steps in 9.30 s are 28 in
+5.21, beside 6.27 and 6.71. Scaling is modelled too well: a collective costs more than the preset's 5 us, and eager
+engines wait for their hosts longer than 8 us an operator would make them. Plans that differ in the number of
+collectives or operators are therefore compared too mildly on H100; both figures want a measurement on the ranks at
+hand.""",
 }
 
 
