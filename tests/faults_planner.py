@@ -58,6 +58,10 @@ PLANNER = (
         "for step in range(int(hops.max())):", "for step in range(1):", (LINKS,),
     ),
     Fault(
+        "an exchange between nodes loses what one inside loses", "cocodiff/topology/cluster.py",
+        "return self.flat_efficiency if own is None else own", "return self.flat_efficiency", (LINKS,),
+    ),
+    Fault(
         "a part of a ring wraps around", "cocodiff/topology/level.py",
         'part_of_ring = self.wiring == "ring" and', 'part_of_ring = False and', (LINKS,),
     ),

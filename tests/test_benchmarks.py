@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import neighbours, summary
+from benchmarks import modelled, neighbours, papers, published, summary
 from cocodiff.models.shapes import Shape
+from cocodiff.parallel.mesh import Degrees
+from cocodiff.parallel.placement import Placement
 from tests.distributed.ranks import run_ranks
 from tests.house import ROOT
 
@@ -73,3 +75,41 @@ def test_soak_counts_what_each_round_leaves() -> None:
     rows = [line.split("|") for line in table.splitlines()[2:]]
     assert [row[1].strip() for row in rows] == ["failed calls", "drops", "drops"] and nothing == ""
     assert all(int(cell) > 0 for row in rows for cell in row[2:6])
+
+
+def test_papers_models_every_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def few(*given: Any) -> Any:
+        what, blocks = given[:6], min(4, *(one for one in given[6:] if one is not None), 4)
+        return modelled.asked(*what, blocks=blocks)
+
+    for module in (papers, published):
+        monkeypatch.setattr(module, "asked", few)
+    monkeypatch.setattr(papers, "SEARCHED", 256)
+    rows = [row for row in published.LATENCIES if row[0] == "flux-dev" and row[2].ulysses * row[2].ring < 4]
+    papers.main(
+        {
+            "AoiZora": papers.aoizora(("wan-1.3b",), ((2, 2),), ((64, 64, 5),), (2, 2)),
+            "CoCoDiff": papers.cocodiff(("flux-dev",), (256,), (1,)),
+            "H100": published.h100(rows),
+        }
+    )
+    page = capsys.readouterr().out
+    lines = page.splitlines()
+    assert "**All of it is MODELLED**" in " ".join(lines) and "ASSUMED" in page
+    tables = [line for line in lines if line.startswith("|")]
+    assert sum(line.startswith("|---") for line in tables) == 1 + 3 + 2 + 1
+    for schedule in papers.SCHEDULES:
+        row = next(line for line in lines if line.startswith(f"| {schedule} |"))
+        assert float(row.split("|")[-2]) > 0.9, "three blocks rank plans as all do"
+    assert "(chosen by it)" in page and "which fits them best" in page
+
+
+def test_ranks_of_plans_and_placements() -> None:
+    assert modelled.spearman([1, 2, 3, 4], [2, 4, 6, 8]) == 1 and modelled.spearman([1, 2], [4, 3]) == -1
+    assert modelled.spearman([1.0, 1.0 + 1e-12, 2.0], [5.0, 5.0, 6.0]) == 1, "equal up to rounding"
+    one, two = Degrees(1, 1, 4), Degrees(1, 2, 2)
+    assert modelled.placement_effect({(one, None): 9.0, (two, None): 2.0, (two, _placed()): 3.0}) == 1.5
+
+
+def _placed() -> Placement:
+    return Placement((1, 1), (2, 1), (1, 2))

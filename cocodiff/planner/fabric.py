@@ -108,8 +108,7 @@ class Fabric:
             levels, latency = levels | crossed, max(latency, slowest)
         if not levels:
             return Flow(0.0, np.zeros(self.num_links), 0.0)
-        several = pattern == "all_to_all" and len(levels) > 1
-        efficiency = self._cluster.flat_efficiency if several else 1.0
+        efficiency = self._cluster.flat_share(levels) if pattern == "all_to_all" else 1.0
         return Flow(latency, sent / self.capacity, own, efficiency)
 
 

@@ -28,7 +28,8 @@ Rank numbers run fastest through the innermost level, as launchers assign them. 
 - `slow` (optional, null): whether selective transmission sends fewer bytes through this level; null lets
   `Cluster.slow` decide.
 - `flat_efficiency` (optional, 1.0): the share, measured and at most 1, of the slowest level's bandwidth that one flat
-  all-to-all over several levels reaches.
+  all-to-all over several levels reaches. A level may have its own (optional, null), for exchanges whose outermost level
+  it is.
 - `measured` (optional, null): `{"ranks": 4, "flat": [[bytes, seconds], ...], "staged": [...]}`, written by
   `cocodiff bench collectives`. On that many ranks it replaces the model.
 
@@ -40,12 +41,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from cocodiff.errors import ConfigError
-from cocodiff.topology.level import Level, check_label, check_positive, is_int
+from cocodiff.topology.level import Level, check_label, check_share, is_int
 from cocodiff.topology.measured import Measured
 
 # A link with less than this share of the bandwidth of the level inside it is slow, unless the level says otherwise.
@@ -79,9 +80,7 @@ class Cluster:
         for level in self.levels[:-1]:
             if level.size is None:
                 raise ConfigError(f"{where}: only the outermost level may leave its size open, not {level.name!r}")
-        check_positive(self.flat_efficiency, "flat_efficiency", where)
-        if self.flat_efficiency > 1:
-            raise ConfigError(f"{where}: flat_efficiency is a share of at most 1, not {self.flat_efficiency}")
+        check_share(self.flat_efficiency, "flat_efficiency", where)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -177,7 +176,7 @@ class Cluster:
         levels = []
         for index, item in enumerate(fields["levels"]):
             required = {"name", "size", "bandwidth_gbs", "latency_us"}
-            optional = {"slow", "part_gbs", "on_the_way", "wiring"}
+            optional = {"slow", "part_gbs", "on_the_way", "wiring", "flat_efficiency"}
             levels.append(Level(**_checked_keys(item, required, optional, f"levels[{index}]")))
         if fields.get("measured") is not None:
             keys = {"ranks", "flat", "staged"}
@@ -193,6 +192,13 @@ class Cluster:
             return self.measured.seconds(exchange, bytes_per_rank)
         return self.flat_seconds(bytes_per_rank) if exchange == "flat" else self.staged_seconds(bytes_per_rank)
 
+    def flat_share(self, crossed: Collection[int]) -> float:
+        """The share of its bandwidth that a flat all-to-all reaches that crosses these levels: 1 if it crosses one."""
+        if len(crossed) < 2:
+            return 1.0
+        own = self.levels[max(crossed)].flat_efficiency
+        return self.flat_efficiency if own is None else own
+
     def flat_seconds(self, bytes_per_rank: float) -> float:
         """Return the MODELLED seconds of one all-to-all in which each rank sends `bytes_per_rank` evenly to all ranks.
 
@@ -204,7 +210,7 @@ class Cluster:
         """
         sizes = self.sizes
         part_bytes = bytes_per_rank / math.prod(sizes)
-        efficiency = self.flat_efficiency if sum(size > 1 for size in sizes) > 1 else 1.0
+        efficiency = self.flat_share([level for level, size in enumerate(sizes) if size > 1])
         inner_ranks = 1
         transfer_seconds = latency_seconds = 0.0
         for level, size in zip(self.levels, sizes, strict=True):

@@ -30,6 +30,7 @@ class Level:
     part_gbs: tuple[tuple[int, float], ...] = ()
     on_the_way: bool = False
     wiring: str = "switch"
+    flat_efficiency: float | None = None
 
     def __post_init__(self) -> None:
         where = f"level {self.name!r}"
@@ -52,6 +53,8 @@ class Level:
         for part, gbs in pairs:
             check_positive(gbs, f"part_gbs of part {part}", where)
         object.__setattr__(self, "part_gbs", pairs)
+        if self.flat_efficiency is not None:
+            check_share(self.flat_efficiency, "flat_efficiency", where)
         if self.wiring not in WIRINGS:
             raise ConfigError(f"{where}: wiring must be one of {', '.join(WIRINGS)}, not {self.wiring!r}")
         if self.wired and (pairs or self.on_the_way):
@@ -91,3 +94,10 @@ def check_positive(value: object, key: str, where: str) -> None:
     # The upper limit also refuses integers that no float can hold.
     if not is_number or not 0 < value <= sys.float_info.max:  # type: ignore[operator]
         raise ConfigError(f"{where}: {key} must be a positive, finite number, not {value!r}")
+
+
+def check_share(value: object, key: str, where: str) -> None:
+    """Raise `ConfigError` unless a value is positive and at most 1."""
+    check_positive(value, key, where)
+    if value > 1:  # type: ignore[operator]
+        raise ConfigError(f"{where}: {key} is a share of at most 1, not {value}")

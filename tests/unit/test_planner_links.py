@@ -179,7 +179,7 @@ def test_wirings_of_levels():
     assert Cluster.from_json(cluster.to_json()) == cluster
     assert [one.wiring for one in cluster.resolve(8).levels] == ["ring", "line"]
     assert [one.wiring for one in cluster.with_sizes((2, 4)).levels] == ["line", "ring"]
-    assert '"wiring"' not in '{"name": "x"}' and Cluster.from_json(
+    assert Cluster.from_json(
         '{"name": "c", "levels": [{"name": "x", "size": 2, "bandwidth_gbs": 1.0, "latency_us": 1.0}]}'
     ).levels == (Level("x", 2, 1.0, 1.0),)
     for more, words in (
@@ -211,3 +211,16 @@ def test_the_command_plans_for_a_torus():
         ["plan", "--model", "shape:sd35-medium", "--cluster", "v5e:2x2", "--height", "256", "--width", "256", "--cfg"],
     )
     assert "v5e: x 2 x y 2" in said.output and "Ranks as (cfg, ring, ulysses), by y:" in said.output, said.output
+
+
+def test_a_level_may_have_its_own_share_that_flat_exchanges_reach():
+    gpu, node = Level("gpu", 2, 1.0, 1.0), Level("node", 2, 1.0, 1.0, flat_efficiency=0.1)
+    cluster = Cluster("c", (Level("tile", 2, 1.0, 1.0), gpu, node), flat_efficiency=0.5)
+    assert Cluster.from_json(cluster.to_json()) == cluster
+    for ulysses, share in ((2, 1.0), (4, 0.5), (8, 0.1)):
+        assert _flow(cluster, "ulysses", (1,) * ulysses, Degrees(1, 8 // ulysses, ulysses)).efficiency == share
+    inside, across = cluster.resolve(4).flat_seconds(4e9), cluster.flat_seconds(8e9)
+    # Of 4 GB each 1 stays, 1 goes to the other tile and 2 to the other GPU; of 8 GB, 4 leave the node.
+    assert inside == pytest.approx(2 / 0.5, rel=1e-4) and across == pytest.approx(4 / 0.1, rel=1e-4)
+    with pytest.raises(ConfigError, match="flat_efficiency is a share of at most 1, not 1.5"):
+        Level("x", 2, 1.0, 1.0, flat_efficiency=1.5)
