@@ -4,11 +4,11 @@ from tests.distributed.draws import LIMIT
 from tests.distributed.ranks import run_ranks
 from tests.pipelines import flux_call, flux_pipeline, relative_error
 
-SIZES = ({}, {"height": 96, "width": 80})
+SIZES = ({}, {"height": 52, "width": 44})
 
 
 def _call(**size):
-    return flux_call("text2image") | dict(num_inference_steps=2) | size
+    return flux_call("text2image", **size) | dict(num_inference_steps=2)
 
 
 def _references():
