@@ -81,7 +81,7 @@ def call_running(
         batched: the batch holds both branches of guidance.
         times: of the run's steps, known from the first forward on; transmission is selective with them only.
     """
-    session, plan = forwards[0].session, forwards[0].plan()
+    session, plan = forwards[0].session, forwards[0].pinned
     call = CallState(session, forwards[0].transformer.dtype)
     if plan is not None:
         call.choose(plan)

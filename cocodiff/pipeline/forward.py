@@ -107,8 +107,12 @@ class ShardedForward:
 
     def plan(self) -> RunPlan | None:
         """How this transformer runs, or ran last; None where its first call will decide."""
-        plan = self.session.plan(self.facts)
-        return plan or next(reversed(self.session.planned.values()), None)
+        return self.pinned or next(reversed(self.session.planned.values()), None)
+
+    @property
+    def pinned(self) -> RunPlan | None:
+        """How all its calls run; None where each shape has a plan of its own."""
+        return self.session.plan(self.facts)
 
     def check(self, mesh: Mesh | None) -> None:
         """Raise unless every part of ours is in place and nothing was set that shards cannot follow.
@@ -145,7 +149,7 @@ class ShardedForward:
         self._refuse(given)
         if call.chosen is None:
             self.check(None)
-            call.choose(self.session.plan(self.facts) or self._plan_call(self, given, self._branches(call, given)))
+            call.choose(self.pinned or self._plan_call(self, given, self._branches(call, given)))
         self.check(call.mesh)
         if self.call is None:
             caller = "called by itself, or by a pipeline that is not wrapped: cocodiff.wrap(that) first"
