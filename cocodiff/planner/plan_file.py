@@ -30,6 +30,14 @@ def plan_as_json(plan: RunPlan) -> dict[str, Any]:
     }
 
 
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The JSON of a file that `plan=` names. ConfigError if it cannot be read."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"plan={os.fspath(path)!r} cannot be read: {error}") from error
+
+
 def read_plan(path: str | os.PathLike[str], cluster: Cluster) -> RunPlan:
     """Read the first plan of a file.
 
@@ -39,11 +47,7 @@ def read_plan(path: str | os.PathLike[str], cluster: Cluster) -> RunPlan:
     Raises:
         ConfigError: the file cannot be read, is no plan, or is one for other ranks or another cluster.
     """
-    where = f"plan={os.fspath(path)!r}"
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{where} cannot be read: {error}") from error
+    where, found = f"plan={os.fspath(path)!r}", read_json(path)
     if not isinstance(found, dict) or found.get("schema") != SCHEMA or not found.get("plans"):
         raise ConfigError(f"{where} is no plan (schema {SCHEMA}): write one with cocodiff plan --out FILE.")
     try:
