@@ -16,6 +16,7 @@ import os
 import statistics
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from fractions import Fraction
 from pathlib import Path
 
@@ -29,8 +30,11 @@ from cocodiff.bench.models import build_transformer
 from cocodiff.bench.planning import measured_links, measured_plans, measured_rates
 from cocodiff.bench.shapes import named_shape
 from cocodiff.kernels.partial import attend_partial
+from cocodiff.launch.environment import environment
 from cocodiff.launch.job import start_job
 from cocodiff.plan import RunPlan
+from cocodiff.planner.measured import Measurements
+from cocodiff.planner.plan_file import plan_as_json
 from cocodiff.planner.rates import DEVICES
 from cocodiff.planner.space import meshes, spreadings
 from cocodiff.planner.wanted import Wanted, task
@@ -87,8 +91,16 @@ def main() -> None:
     ]
     report(rows)
     if args.out is not None:
-        command = os.environ["EMULATED_COMMAND"]
-        args.out.write_text(json.dumps({"command": command, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+        figures = Measurements(environment(job), datetime.now(UTC).date().isoformat(), links, rates)
+        found = {
+            "command": os.environ["EMULATED_COMMAND"],
+            "shape": shape.as_json(),
+            "branches": 2 if args.guided else 1,
+            "measured": figures.as_json(),
+            "plans": [plan_as_json(plan) for plan in plans],
+            "rows": [asdict(row) for row in rows],
+        }
+        args.out.write_text(json.dumps(found) + "\n")
 
 
 def report(rows: list[Row]) -> None:

@@ -76,14 +76,18 @@ def read_measurements(path: str | os.PathLike[str]) -> Measurements:
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:
         raise ConfigError(f"{where} are none (schema {SCHEMA}): write some with cocodiff plan --measure FILE.")
     try:
-        operators = {Work(kind, flops, size): float(seconds) for kind, flops, size, seconds in found["operators"]}
-        own = {name: float(found["rates"][name]) for name in _OWN}
-        base, date = DEVICES[found["rates"]["name"]], str(found["date"])
-        rates = replace(base, **own, measured=operators, source=f"measured on {date}")  # type: ignore[arg-type]
-        cluster = Cluster.from_json(json.dumps(found["cluster"]))
-        return Measurements(found["environment"], date, cluster, rates)
+        return measurements_of_json(found)
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{where} are damaged ({type(error).__name__}: {error}): measure again.") from error
+
+
+def measurements_of_json(found: Mapping[str, Any]) -> Measurements:
+    """What `Measurements.as_json` made. KeyError, TypeError or ValueError for anything else."""
+    operators = {Work(kind, flops, size): float(seconds) for kind, flops, size, seconds in found["operators"]}
+    own = {name: float(found["rates"][name]) for name in _OWN}
+    base, date = DEVICES[found["rates"]["name"]], str(found["date"])
+    rates = replace(base, **own, measured=operators, source=f"measured on {date}")  # type: ignore[arg-type]
+    return Measurements(found["environment"], date, Cluster.from_json(json.dumps(found["cluster"])), rates)
 
 
 def fitted_to_operators(rates: Rates, measured: Mapping[Work, float], itemsize: int) -> Rates:
