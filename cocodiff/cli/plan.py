@@ -39,6 +39,7 @@ def plan(
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
     device: Annotated[str | None, typer.Option(help="What a rank computes on, where the cluster does not say.")] = None,
     memory: Annotated[str | None, typer.Option(help="Of a rank's device, as 64GB; by default the device's.")] = None,
+    objective: Annotated[str, typer.Option(help="latency (of one picture) or throughput (of many).")] = "latency",
     top: Annotated[int, typer.Option(help="How many plans to show.")] = 5,
     out: Annotated[Path | None, typer.Option(help="Write the best plan here, for wrap(pipe, plan=FILE).")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the plans as JSON.")] = False,
@@ -54,6 +55,8 @@ def plan(
     full = dtype_named(dtype)
     if top < 1:
         raise ConfigError(f"--top {top}: at least 1.")
+    if objective not in ("latency", "throughput"):
+        raise ConfigError(f"--objective {objective} is neither latency nor throughput.")
     if out is not None:
         check_file(out, "--out")
     if measure is not None:
@@ -68,6 +71,7 @@ def plan(
     from cocodiff.planner.measured import read_measurements
     from cocodiff.planner.rates import rates_of
     from cocodiff.planner.search import search
+    from cocodiff.planner.throughput import search_throughput
     from cocodiff.planner.wanted import task, wanted
 
     asked = wanted(model, height, width, frames, cfg, full)
@@ -82,7 +86,8 @@ def plan(
     else:
         where, name = _cluster(cluster)
         rates = rates_of(device, name)
-    found = search(task(asked, where, rates, _bytes(memory, rates.memory_gb)), keep=top)
+    of = partial(task, asked, rates=rates, memory_bytes=_bytes(memory, rates.memory_gb))
+    found = search(of(where), keep=top) if objective == "latency" else search_throughput(of, where, keep=top)
     if out is not None:
         written = as_json(found, asked, where, rates)
         out.write_text(dumps(written | {"plans": written["plans"][:1]}, indent=2) + "\n")
