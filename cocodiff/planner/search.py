@@ -15,9 +15,9 @@ from cocodiff.errors import ConfigError
 from cocodiff.parallel.mesh import Degrees
 from cocodiff.plan import RunPlan
 from cocodiff.planner.costs import MeshCosts
+from cocodiff.planner.functions import Known
 from cocodiff.planner.program import Program
 from cocodiff.planner.rates import Rates
-from cocodiff.planner.recording import Known
 from cocodiff.planner.simulate import Timing
 from cocodiff.planner.space import meshes, spreadings, ways
 from cocodiff.topology import Cluster

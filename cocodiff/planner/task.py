@@ -11,9 +11,9 @@ from torch import nn
 
 from cocodiff.models import Family
 from cocodiff.plan import RunPlan
+from cocodiff.planner.functions import Known
 from cocodiff.planner.program import Program
 from cocodiff.planner.rates import Rates
-from cocodiff.planner.recording import Known
 from cocodiff.planner.search import Task
 from cocodiff.planner.trace import trace
 from cocodiff.topology import Cluster
@@ -37,7 +37,7 @@ def task_of(
         inputs: of a forward of one branch of guidance, and of all branches that the family has in one batch.
         branches: of guidance.
     """
-    known: Known = {}
+    known = Known()
 
     @cache
     def of(plan: RunPlan) -> Program:

@@ -22,8 +22,9 @@ from cocodiff.models import Family
 from cocodiff.parallel.mesh import Axis, Mesh
 from cocodiff.pipeline.install import install_transformer
 from cocodiff.plan import RunPlan
+from cocodiff.planner.functions import Known
 from cocodiff.planner.program import Program, Step
-from cocodiff.planner.recording import Known, RecordedGroup, Recorder, RecordingLane, RecordingTransport
+from cocodiff.planner.recording import RecordedGroup, Recorder, RecordingLane, RecordingTransport
 from cocodiff.state import CallState, Session
 from cocodiff.topology import Cluster
 
@@ -45,7 +46,7 @@ def trace(
         given: a forward's arguments; of tensors only shapes and dtypes count.
         cluster: of all ranks, with concrete sizes.
         plan: with a concrete exchange and number of pieces.
-        known: operators of traces before, which make this one quicker; filled further.
+        known: functions of traces before, which make this one quicker; filled further.
     """
     recorder, lists = Recorder(known), {name: getattr(transformer, name) for name in family.blocks}
     weight_bytes = sum(x.numel() * x.itemsize for x in (*transformer.parameters(), *transformer.buffers()))
@@ -60,7 +61,7 @@ def trace(
         for name, blocks in lists.items():
             setattr(transformer, name, blocks)
     counts = [1, *(count for one in times for count in one), 1]
-    return Program(tuple(zip(parts, counts, strict=True)), weight_bytes, recorder.peak_bytes)
+    return Program(tuple(zip(parts, counts, strict=True)), weight_bytes, recorder.memory.peak_bytes)
 
 
 def _thinned(blocks: list[nn.Module]) -> tuple[list[nn.Module], list[int]]:
