@@ -112,6 +112,11 @@ class Memory:
             self.peak_bytes = max(self.peak_bytes, peak)
 
 
+# Functions that make and compute nothing, whatever their arguments.
+_PLAIN = {
+    *(Tensor.numel, Tensor.size, Tensor.stride, Tensor.dim, Tensor.is_contiguous, Tensor.element_size),
+    *(Tensor.view, Tensor.transpose, Tensor.unsqueeze, Tensor.split, Tensor.chunk, Tensor.unflatten, Tensor.unbind),
+}
 _GETTER = type(Tensor.shape.__get__)  # type: ignore[attr-defined] # `x.shape` calls a function, too
 
 
@@ -129,9 +134,9 @@ class Functions(TorchFunctionMode):
         self._known, self._operator, self._memory = known, operator, memory
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if type(func) is _GETTER:
-            return func(*args)
         kwargs = kwargs or {}
+        if type(func) is _GETTER or func in _PLAIN:
+            return func(*args, **kwargs)
         key = func, _brief(args), _brief(tuple(kwargs.items()))
         called = self._known.called.get(key)
         if called is None:
@@ -173,7 +178,8 @@ class _Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if any(one.alias_info is not None for one in func._schema.returns):  # a view, or written in place
+        # A view, or written in place; this one does not say that it is a view.
+        if any(one.alias_info is not None for one in func._schema.returns) or func.overloadpacket is _VIEW:
             out = func(*args, **kwargs)
             if any(one.alias_info is not None and one.alias_info.is_write for one in func._schema.returns):
                 self._note(_work_of(func, args, kwargs, out))
@@ -253,7 +259,8 @@ def _described(value: Any) -> Any:
     return type(value), value  # 1 and 1.0 and True are equal
 
 
-_NO_WORK = (torch.ops.aten.empty, torch.ops.aten.new_empty, torch.ops.aten._unsafe_view)
+_VIEW = torch.ops.aten._unsafe_view
+_NO_WORK = (torch.ops.aten.empty, torch.ops.aten.new_empty)
 
 
 def _work_of(func: Any, args: tuple, kwargs: dict, out: Any) -> Work | None:
