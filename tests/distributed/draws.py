@@ -1,8 +1,9 @@
 """Whole pictures and clips on many ranks, compared with one rank: which ones are drawn, and the drawing.
 
 A `Draw` is a pipeline, the way in which it is run on how many ranks, and one call. The suite draws a covering set
-(`drawn(ranks)`): every two choices meet in some draw, except that a pipeline meets a kind of mesh and more than two
-ranks through its family, and a call meets a mesh through the kind of mesh.
+(`drawn(ranks)`): every two choices meet in some draw, except that a pipeline meets the axes of a mesh and a short
+prompt through its family, and that whatever meets a mesh meets its kind. A draw costs as much as it has ranks: what
+few ranks show is drawn on few.
 `python -m tests.table` draws the full products (`full_pipelines`, `full_meshes`).
 """
 
@@ -141,6 +142,11 @@ def _kind(row: dict[str, Any]) -> str:
     return f"cfg {cfg} x ring {min(ring, 3)} x ulysses {min(ulysses, 2)}"
 
 
+def _degree(axis: int, row: dict[str, Any]) -> int:
+    """Of one axis of the mesh: 1, 2 or more; 0 where the rule chooses it."""
+    return min(row["mesh"][axis], 3) if row["mesh"] is not None else 0
+
+
 def _allowed(row: dict[str, Any]) -> bool:
     ranks = math.prod(row["sizes"])
     if row["mesh"] is not None and math.prod(row["mesh"]) != ranks:
@@ -162,14 +168,23 @@ def _covering() -> tuple[Draw, ...]:
         "call": tuple(CALLS),
     }
     derived = {
-        "ranks": lambda row: math.prod(row["sizes"]),
         "more than two ranks": lambda row: math.prod(row["sizes"]) > 2,
         "family": lambda row: row["pipeline"].split()[0],
         "kind": _kind,
+        "several axes": lambda row: row["mesh"] is not None and sum(degree > 1 for degree in row["mesh"]) > 1,
+        "batch": lambda row: row["call"] == "batch",
     }
-    apart = [*({"pipeline", other} for other in ("mesh", "kind", "sizes", "ranks"))]
-    apart += [{"family", "mesh"}, {"call", "mesh"}]
-    return tuple(Draw(**row) for row in covering(dimensions, _allowed, derived, [frozenset(two) for two in apart]))
+    derived |= {axis: functools.partial(_degree, index) for index, axis in enumerate(("cfg", "ring", "ulysses"))}
+    met = {  # by what is not listed here: everything
+        "pipeline": {"exchange", "schedule", "pieces", "batch", "more than two ranks"},
+        "family": {"exchange", "schedule", "pieces", "call", "cfg", "ring", "ulysses", "several axes"},
+        "mesh": {"kind"},
+        "sizes": {"exchange", "schedule", "pieces", "call"},
+    }
+    apart = [frozenset((one, other)) for one in met for other in {*dimensions, *derived} - met[one] - {one}]
+    return tuple(
+        Draw(**row) for row in covering(dimensions, _allowed, derived, apart, cost=lambda row: math.prod(row["sizes"]))
+    )
 
 
 def drawn(ranks: int, pipelines: Iterable[str] = ALL) -> list[Draw]:
