@@ -2,8 +2,8 @@
 
 A `Draw` is a pipeline, the way in which it is run on how many ranks, and one call. The suite draws a covering set
 (`drawn(ranks)`): every two choices meet in some draw, except that a pipeline meets the axes of a mesh and a short
-prompt through its family, and that whatever meets a mesh meets its kind. A draw costs as much as it has ranks: what
-few ranks show is drawn on few.
+prompt through its family, and that a mesh of more than four ranks is drawn through its kind. A draw costs as much as
+it has ranks: what few ranks show is drawn on few.
 `python -m tests.table` draws the full products (`full_pipelines`, `full_meshes`).
 """
 
@@ -134,7 +134,7 @@ class References:
             partial.rename(self._path(pipeline, call))
 
 
-def _kind(row: dict[str, Any]) -> str:
+def kind(row: dict[str, Any]) -> str:
     """What a mesh does, whatever its size: a ring of three passes on what it has received, one of two does not."""
     if row["mesh"] is None:
         return "chosen"
@@ -153,6 +153,8 @@ def _allowed(row: dict[str, Any]) -> bool:
         return False
     if row["pieces"] and row["schedule"] == "sequential":  # which cuts nothing
         return False
+    if row["exchange"] == "staged" and row["mesh"] is not None and row["mesh"][2] == 1:  # which stages nothing
+        return False
     return row["call"] in calls(row["pipeline"])
 
 
@@ -170,7 +172,8 @@ def _covering() -> tuple[Draw, ...]:
     derived = {
         "more than two ranks": lambda row: math.prod(row["sizes"]) > 2,
         "family": lambda row: row["pipeline"].split()[0],
-        "kind": _kind,
+        "kind": kind,
+        "mesh of few ranks": lambda row: row["mesh"] if row["mesh"] and math.prod(row["mesh"]) <= 4 else None,
         "several axes": lambda row: row["mesh"] is not None and sum(degree > 1 for degree in row["mesh"]) > 1,
         "batch": lambda row: row["call"] == "batch",
     }
@@ -178,8 +181,9 @@ def _covering() -> tuple[Draw, ...]:
     met = {  # by what is not listed here: everything
         "pipeline": {"exchange", "schedule", "pieces", "batch", "more than two ranks"},
         "family": {"exchange", "schedule", "pieces", "call", "cfg", "ring", "ulysses", "several axes"},
-        "mesh": {"kind"},
-        "sizes": {"exchange", "schedule", "pieces", "call"},
+        "mesh": set(),
+        "mesh of few ranks": {"kind"},
+        "sizes": {"exchange"},
     }
     apart = [frozenset((one, other)) for one in met for other in {*dimensions, *derived} - met[one] - {one}]
     return tuple(
