@@ -2,8 +2,9 @@
 
 import importlib
 
-from tests.distributed.draws import LIMIT
+from tests.distributed.draws import LIMIT, build, draw
 from tests.distributed.ranks import run_ranks
+from tests.families import PIPELINES
 from tests.pipelines import flux_call, flux_pipeline, relative_error
 
 SIZES = ({}, {"height": 52, "width": 44})
@@ -69,3 +70,23 @@ def test_a_call_is_planned_once_for_its_shape_and_alike_everywhere():
         assert (1, 1, 4) not in {degrees for _, degrees in plans}, "which would send most over the slow level"
         assert asked == (2 if rank == 0 else 0)
         assert "no such operator" in told and "leave plan out" in told
+
+
+def _families(references):
+    """By pipeline of every other family: its error, and its plan, when that is made at the first call."""
+    import cocodiff
+
+    found = {}
+    for name in PIPELINES:
+        pipe = cocodiff.wrap(build(name), plan="auto")
+        found[name] = relative_error(draw(pipe, name, "odd"), references(name, "odd")), pipe.cocodiff.plan is not None
+        cocodiff.unwrap(pipe)
+    return found
+
+
+def test_every_family_can_be_planned_at_its_first_call(references):
+    references.prepare((name, "odd") for name in PIPELINES)
+    for found in run_ranks(2, _families, references):
+        assert max(error for error, _ in found.values()) < LIMIT and all(planned for _, planned in found.values()), (
+            found
+        )
