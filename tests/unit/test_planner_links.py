@@ -162,9 +162,9 @@ def test_an_outer_switch_takes_what_leaves_a_torus():
 
 def test_a_thousand_chips_take_seconds_at_most():
     cluster = _torus((8, "ring"), (8, "ring"), (16, "ring"))
-    began = time.perf_counter()
+    began = time.process_time()
     flow = _flow(cluster, "ulysses", (1,) * 1024, Degrees(1, 1, 1024))
-    assert time.perf_counter() - began < 60
+    assert time.process_time() - began < 60
     # Along a ring of n, n/8 of a rank's messages cross each link of each direction, for each of its nodes.
     assert flow.seconds.max() == pytest.approx(1024 * 16 / 8 * 1e-9)
 
