@@ -31,7 +31,7 @@ def _torus(*dimensions):
 
 
 def _flow(cluster, axis, bytes_to, degrees, pattern="all_to_all", placement=None):
-    return Fabric(cluster, degrees, placement, peers_in_turn=False).flow(Send(axis, pattern, bytes_to, None, (), ""))
+    return Fabric(cluster, degrees, placement).flow(Send(axis, pattern, bytes_to, None, (), ""))
 
 
 def _loads(cluster, *flow, **more):
