@@ -1,8 +1,9 @@
 """Whole pictures and clips on many ranks, compared with one rank: which ones are drawn, and the drawing.
 
 A `Draw` is a pipeline, the way in which it is run on how many ranks, and one call. The suite draws a covering set
-(`drawn(ranks)`): every two choices meet in some draw, except that a pipeline meets a kind of mesh and more than two
-ranks through its family, and a call meets a mesh through the kind of mesh.
+(`drawn(ranks)`): every two choices meet in some draw, except that a pipeline meets the axes of a mesh and a short
+prompt through its family, and that a mesh of more than four ranks is drawn through its kind. A draw costs as much as
+it has ranks: what few ranks show is drawn on few.
 `python -m tests.table` draws the full products (`full_pipelines`, `full_meshes`).
 """
 
@@ -133,7 +134,7 @@ class References:
             partial.rename(self._path(pipeline, call))
 
 
-def _kind(row: dict[str, Any]) -> str:
+def kind(row: dict[str, Any]) -> str:
     """What a mesh does, whatever its size: a ring of three passes on what it has received, one of two does not."""
     if row["mesh"] is None:
         return "chosen"
@@ -141,11 +142,18 @@ def _kind(row: dict[str, Any]) -> str:
     return f"cfg {cfg} x ring {min(ring, 3)} x ulysses {min(ulysses, 2)}"
 
 
+def _degree(axis: int, row: dict[str, Any]) -> int:
+    """Of one axis of the mesh: 1, 2 or more; 0 where the rule chooses it."""
+    return min(row["mesh"][axis], 3) if row["mesh"] is not None else 0
+
+
 def _allowed(row: dict[str, Any]) -> bool:
     ranks = math.prod(row["sizes"])
     if row["mesh"] is not None and math.prod(row["mesh"]) != ranks:
         return False
     if row["pieces"] and row["schedule"] == "sequential":  # which cuts nothing
+        return False
+    if row["exchange"] == "staged" and row["mesh"] is not None and row["mesh"][2] == 1:  # which stages nothing
         return False
     return row["call"] in calls(row["pipeline"])
 
@@ -162,14 +170,25 @@ def _covering() -> tuple[Draw, ...]:
         "call": tuple(CALLS),
     }
     derived = {
-        "ranks": lambda row: math.prod(row["sizes"]),
         "more than two ranks": lambda row: math.prod(row["sizes"]) > 2,
         "family": lambda row: row["pipeline"].split()[0],
-        "kind": _kind,
+        "kind": kind,
+        "mesh of few ranks": lambda row: row["mesh"] if row["mesh"] and math.prod(row["mesh"]) <= 4 else None,
+        "several axes": lambda row: row["mesh"] is not None and sum(degree > 1 for degree in row["mesh"]) > 1,
+        "batch": lambda row: row["call"] == "batch",
     }
-    apart = [*({"pipeline", other} for other in ("mesh", "kind", "sizes", "ranks"))]
-    apart += [{"family", "mesh"}, {"call", "mesh"}]
-    return tuple(Draw(**row) for row in covering(dimensions, _allowed, derived, [frozenset(two) for two in apart]))
+    derived |= {axis: functools.partial(_degree, index) for index, axis in enumerate(("cfg", "ring", "ulysses"))}
+    met = {  # by what is not listed here: everything
+        "pipeline": {"exchange", "schedule", "pieces", "batch", "more than two ranks"},
+        "family": {"exchange", "schedule", "pieces", "call", "cfg", "ring", "ulysses", "several axes"},
+        "mesh": set(),
+        "mesh of few ranks": {"kind"},
+        "sizes": {"exchange"},
+    }
+    apart = [frozenset((one, other)) for one in met for other in {*dimensions, *derived} - met[one] - {one}]
+    return tuple(
+        Draw(**row) for row in covering(dimensions, _allowed, derived, apart, cost=lambda row: math.prod(row["sizes"]))
+    )
 
 
 def drawn(ranks: int, pipelines: Iterable[str] = ALL) -> list[Draw]:

@@ -8,7 +8,7 @@ import torch
 from tests.distributed.ranks import run_ranks
 
 # ranks -> level sizes to stage over
-LEVELS = {1: [(1,)], 2: [(2,)], 3: [(3,)], 4: [(4,), (2, 2)], 6: [(2, 3), (3, 2)], 8: [(2, 2, 2), (4, 2)]}
+LEVELS = {1: [(1,)], 2: [(2,)], 3: [(3,)], 4: [(4,), (2, 2)], 6: [(2, 3), (3, 2)], 8: [(2, 2, 2)]}
 CASES = [
     dict(heads=8, text=7, image=23, batch=1, head_dim=5),
     dict(heads=9, text=0, image=31, batch=2, head_dim=3),
@@ -49,7 +49,7 @@ def _check_exchanges(all_sizes):
         _, connected = _session(sizes)
         rank, ranks = connected.ulysses.rank, connected.ulysses.size
         for number, case in enumerate(CASES):
-            for dtype in (torch.float32, torch.bfloat16):
+            for dtype in (torch.float32, torch.bfloat16)[: 1 if number else 2]:
                 torch.manual_seed(number)
                 tokens = Tokens.split({"text": case["text"], "image": case["image"]}, ranks)
                 layout = Layout(tokens.joint, split_sizes(case["heads"], ranks))

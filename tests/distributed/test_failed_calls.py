@@ -17,8 +17,8 @@ def _after_a_failed_call():
         raise OSError("on purpose")
 
     with pytest.raises(OSError, match="on purpose"):
-        pipe(**_call(24), callback_on_step_end=fail)
-    return pipe(**_call(24)).images.isfinite().all().item()
+        pipe(**_call(), callback_on_step_end=fail)
+    return pipe(**_call()).images.isfinite().all().item()
 
 
 def test_after_a_call_that_failed_alike_everywhere_the_next_one_runs():
@@ -50,7 +50,7 @@ def _held_by_an_exception():
 
     gather, forward.gather_rows = forward.gather_rows, out_of_memory
     try:
-        pipe(**_call(24))
+        pipe(**_call())
     except MemoryError:
         held.append(calls[0].copies.held_bytes)
     return held

@@ -1,7 +1,7 @@
 """A script under torchrun and mpiexec, from the outside: one run that succeeds and one that fails, each.
 
-The one that succeeds under torchrun is `scripts/demo`, in test_generate.py. How ranks join and end in
-other cases is tested without launchers, in test_ending.py.
+The one that succeeds under torchrun is `scripts/demo`, in test_generate.py. Under mpiexec the one that fails draws a
+picture before. How ranks join and end in other cases is tested without launchers, in test_ending.py.
 """
 
 import importlib.util
@@ -25,13 +25,11 @@ LAUNCHERS = {
     "mpiexec": ["mpiexec", "-n", "2", sys.executable, *MODULE],
 }
 HAS_MPI = shutil.which("mpiexec") is not None and importlib.util.find_spec("mpi4py") is not None
-mpiexec = pytest.param(
-    "mpiexec",
-    marks=[
-        pytest.mark.mpi,
-        pytest.mark.skipif(not HAS_MPI, reason="needs mpiexec and mpi4py (pip install 'cocodiff[mpi]')"),
-    ],
-)
+
+
+def mpi(test):
+    missing = pytest.mark.skipif(not HAS_MPI, reason="needs mpiexec and mpi4py (pip install 'cocodiff[mpi]')")
+    return pytest.mark.mpi(missing(test))
 
 
 def _start(launcher, mode, folder):
@@ -54,17 +52,25 @@ def _start(launcher, mode, folder):
     return process.returncode, output
 
 
-@pytest.mark.parametrize("launcher", [mpiexec])
-def test_a_script_draws_what_one_rank_draws(launcher, tmp_path):
-    status, output = _start(launcher, "draw", tmp_path)
+@mpi
+def test_ranks_of_mpiexec_end_well(tmp_path):
+    status, output = _start("mpiexec", "plain", tmp_path)
     assert status == 0 and "cocodiff: rank" not in output, output
+    assert {(tmp_path / str(rank)).read_text() for rank in range(2)} == {"2 pmi 2"}
+
+
+@mpi
+def test_under_mpiexec_a_script_draws_what_one_rank_draws_and_when_one_rank_fails_all_end(tmp_path):
+    """The failed rank itself waits, in MPI_Finalize, for the other."""
+    status, output = _start("mpiexec", "picture", tmp_path)
     for rank in range(2):
         world_size, found, error = (tmp_path / str(rank)).read_text().split()
         assert (int(world_size), found) == (2, "pmi") and float(error) < 1e-5
+    assert status != 0 and "the disk of one rank is full" in output, output
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", mpiexec])
-def test_when_one_rank_fails_all_end(launcher, tmp_path):
-    """Under mpiexec the failed rank itself waits, in MPI_Finalize, for the other; torchrun ends the others."""
-    status, output = _start(launcher, "fail", tmp_path)
+def test_under_torchrun_when_one_rank_fails_all_end(tmp_path):
+    """torchrun ends the others."""
+    status, output = _start("torchrun", "fail", tmp_path)
+    assert (tmp_path / "0").read_text() == "2 torchrun 2"
     assert status != 0 and "the disk of one rank is full" in output, output

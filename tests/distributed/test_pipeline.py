@@ -91,31 +91,37 @@ def test_unwrap_leaves_nothing_behind_and_pictures_are_bit_identical(odd):
     run_ranks(2, _wrap_and_unwrap, odd)
 
 
-def _broken(what, references):
-    """The error of a pipeline in which one thing is wrong on purpose."""
+def _broken(references):
+    """By what is wrong on purpose: the error of a pipeline."""
     import cocodiff
     from cocodiff.models import joint
     from cocodiff.pipeline import forward
 
-    pipe = cocodiff.wrap(build(TEXT2IMAGE), exchange="flat")
-    if what == "one exchange is a local copy":
-        leave_out_exchange(pipe, "k")
-    if what == "one rank's rotation is off by a token" and pipe.cocodiff.rank == 1:
-        rotate = joint.rotate_pairs
-        joint.rotate_pairs = lambda x, cos, sin: rotate(x, cos.roll(1, 0), sin.roll(1, 0))
-    if what == "the gather swaps two shards":
-        gather = forward.gather_rows
+    def error(breaking):
+        pipe = cocodiff.wrap(build(TEXT2IMAGE), exchange="flat")
+        breaking(pipe)
+        return relative_error(draw(pipe, TEXT2IMAGE, "odd"), references(TEXT2IMAGE, "odd"))
+
+    rotate, gather = joint.rotate_pairs, forward.gather_rows
+
+    def rotation(pipe):
+        if pipe.cocodiff.rank == 1:
+            joint.rotate_pairs = lambda x, cos, sin: rotate(x, cos.roll(1, 0), sin.roll(1, 0))
+
+    def swapped(pipe):
+        joint.rotate_pairs = rotate
         forward.gather_rows = lambda x, *where: gather(x, *where).flip(1)
-    return relative_error(draw(pipe, TEXT2IMAGE, "odd"), references(TEXT2IMAGE, "odd"))
+
+    def nothing(pipe):
+        forward.gather_rows = gather
+
+    found = {"one exchange is a local copy": error(lambda pipe: leave_out_exchange(pipe, "k"))}
+    found["one rank's rotation is off by a token"] = error(rotation)
+    found["the gather swaps two shards"] = error(swapped)
+    return found, error(nothing)
 
 
-@pytest.mark.parametrize(
-    "what",
-    ["one exchange is a local copy", "one rank's rotation is off by a token", "the gather swaps two shards"],
-)
-def test_controls_a_broken_run_is_seen(what, odd):
-    assert all(100 * LIMIT < error < float("inf") for error in run_ranks(2, _broken, what, odd))
-
-
-def test_control_of_the_controls(odd):
-    assert max(run_ranks(2, _broken, "nothing", odd)) < LIMIT
+def test_controls_a_broken_run_is_seen(odd):
+    for found, right in run_ranks(2, _broken, odd):
+        assert len(found) == 3 and all(100 * LIMIT < error < float("inf") for error in found.values()), found
+        assert right < LIMIT, "the control of the controls"

@@ -4,11 +4,11 @@ import contextlib
 import logging
 
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_selective import _call, _cluster, _pipeline, shared
+from tests.distributed.test_selective import STEPS, _call, _cluster, _pipeline, budget, shared
 from tests.families import family_call, family_pipeline
 from tests.pipelines import relative_error
 
-NAME, STEPS, CHANGE = "sd35 text2image", 20, 10
+NAME, CHANGE = "sd35 text2image", STEPS // 2
 
 
 def _guided_call(**more):
@@ -37,19 +37,23 @@ def _other(length):
     return lambda x: 3 * torch.randn(2, length, x.shape[-1], generator=torch.Generator().manual_seed(7))
 
 
-CHANGES = {  # and the meshes to see them on
-    "other prompt": (("ring",), lambda: _callback(prompt_embeds=_other(7))),
-    "longer prompt": (("ulysses",), lambda: _callback(prompt_embeds=_other(8))),
+CHANGES = {  # and the mesh to see them on
+    "other prompt": ("ring", lambda: _callback(prompt_embeds=_other(7))),
+    "longer prompt": ("ulysses", lambda: _callback(prompt_embeds=_other(8))),
     "no more guidance": (
-        ("cfg",),
+        "cfg",
         lambda: _callback(prompt_embeds=lambda x: x[-1:], pooled_prompt_embeds=lambda x: x[-1:]),
     ),
     "a call beside": (
-        ("ulysses",),
+        "ulysses",
         lambda: dict(skip_guidance_layers=[0], skip_layer_guidance_stop=0.4),
     ),
 }
-MESHES = {"ulysses": dict(ring_degree=1), "ring": dict(ring_degree=2), "cfg": dict(cfg_degree=2, ring_degree=1)}
+MESHES = {  # ranks, degrees
+    "ulysses": (2, dict(ring_degree=1)),
+    "ring": (2, dict(ring_degree=2)),
+    "cfg": (4, dict(cfg_degree=2, ring_degree=1)),  # each half is in one node
+}
 
 
 @contextlib.contextmanager
@@ -70,40 +74,44 @@ def _unchanged():
     return {name: family_pipeline(NAME)(**_guided_call(**change())).images for name, (_, change) in CHANGES.items()}
 
 
-def _changes(exact):
+def _drawn(change):
+    """The picture with a change and the report."""
     import cocodiff
     from cocodiff import Selective
 
-    errors, reports = {}, {}
+    ranks, settings = MESHES[CHANGES[change][0]]
+    selective = Selective(budget=budget(1 / 16), level="gpu", check=True)
+    pipe = cocodiff.wrap(family_pipeline(NAME), cluster=_cluster(ranks // 2, 2), transmission=selective, **settings)
+    picture = pipe(**_guided_call(**CHANGES[change][1]())).images
+    report = pipe.cocodiff.report()
+    cocodiff.unwrap(pipe)
+    return picture, report
 
-    def drawn(change, mesh):  # each half of cfg is in one node
-        selective = Selective(budget=1 / 16, level="gpu", check=True)
-        pipe = cocodiff.wrap(family_pipeline(NAME), cluster=_cluster(2, 2), transmission=selective, **MESHES[mesh])
-        picture = pipe(**_guided_call(**CHANGES[change][1]())).images
-        reports[change, mesh] = pipe.cocodiff.report()
-        cocodiff.unwrap(pipe)
-        return picture
 
-    for change, (meshes, _) in CHANGES.items():
-        for mesh in meshes:
-            errors[change, mesh] = relative_error(drawn(change, mesh), exact[change])
-    at = CHANGE + 1
-    missed = {"right": reports["other prompt", "ring"]["residual_error"]["steps"][at]}
-    spent = shared(reports["a call beside", "ulysses"]), shared(reports["other prompt", "ring"])
-    with _changes_go_unseen():
-        drawn("other prompt", "ring")
-    missed["control"] = reports["other prompt", "ring"]["residual_error"]["steps"][at]
-    return errors, missed, spent
+def _changes(ranks, exact):
+    """By change on so many ranks: the error, the share of the bytes, and what the first step after it missed."""
+    found = {}
+    for change, (mesh, _) in CHANGES.items():
+        if MESHES[mesh][0] == ranks:
+            picture, report = _drawn(change)
+            missed = report["residual_error"]["steps"][CHANGE + 1]
+            found[change] = relative_error(picture, exact[change]), shared(report, "gpu" if ranks > 2 else None), missed
+    if ranks == 2:
+        with _changes_go_unseen():
+            found["control"] = 0, 0, _drawn("other prompt")[1]["residual_error"]["steps"][CHANGE + 1]
+    return found
 
 
 def test_nothing_is_predicted_from_what_is_held_for_something_else():
-    everyone = run_ranks(4, _changes, run_ranks(1, _unchanged)[0], timeout_seconds=300)
-    assert all(found == everyone[0] for found in everyone)
-    errors, missed, (beside, anew) = everyone[0]
-    assert max(errors.values()) < 0.1, errors
-    assert missed["control"] > 3 * missed["right"], missed
-    # Nine calls of half a batch are exact beside 24 of a whole one; a prompt that changes begins the schedule anew.
-    assert beside < 0.25 and anew < 2.1 / 16, (beside, anew)
+    exact, found = run_ranks(1, _unchanged)[0], {}
+    for ranks in (2, 4):
+        everyone = run_ranks(ranks, _changes, ranks, exact, timeout_seconds=300)
+        assert all(one == everyone[0] for one in everyone)
+        found |= everyone[0]
+    assert len(found) == len(CHANGES) + 1 and max(error for error, *_ in found.values()) < 0.1, found
+    assert found["control"][2] > 3 * found["other prompt"][2], found
+    # Calls of half a batch are exact beside those of a whole one; a prompt that changes begins the schedule anew.
+    assert found["a call beside"][1] < 0.25 and found["other prompt"][1] < 2.1 / 16, found
 
 
 def _other_objects():
@@ -116,8 +124,8 @@ def _other_objects():
     from cocodiff.selective.branches import Remembered
 
     def drawn(selective, guided=False, default=torch.float32, **more):
-        pipe = cocodiff.wrap(_pipeline(), cluster=_cluster(2, 2), ring_degree=4, transmission=selective)
-        call = _call(STEPS, guided=guided)
+        pipe = cocodiff.wrap(_pipeline(), cluster=_cluster(1, 2), ring_degree=2, transmission=selective)
+        call = _call(guided=guided)
         if guided:
             call["negative_prompt_embeds"] = call["prompt_embeds"]
         torch.set_default_dtype(default)
@@ -132,8 +140,8 @@ def _other_objects():
     renewed = dict(callback_on_step_end=anew, callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"])
     eight = Selective(budget=1 / 2, check=True)  # 8 bits at all steps: every message is as long as it was
     once, again = drawn(eight)[0], drawn(eight, **renewed)[0]
-    _, report = drawn(Selective(budget=1 / 16), guided=True)
-    _, guarded = drawn(Selective(budget=1 / 16, max_error=0.05), default=torch.bfloat16)
+    _, report = drawn(Selective(budget=budget(1 / 16)), guided=True)
+    _, guarded = drawn(Selective(budget=budget(1 / 16), max_error=0.05), default=torch.bfloat16)
     right, told = Remembered.recognises, ""
     Remembered.recognises = lambda self, x: x is self._object
     try:
@@ -161,9 +169,12 @@ def _noisy():
         pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(
             pipe.scheduler.config, stochastic_sampling=stochastic
         )
-        cocodiff.wrap(pipe, cluster=_cluster(1, 2), transmission=cocodiff.Selective(budget=1 / 32))
+        cocodiff.wrap(pipe, cluster=_cluster(1, 2), transmission=cocodiff.Selective(budget=budget(1 / 32)))
         for _ in range(1 + stochastic):  # said once
-            pipe("a red circle above a blue square on a white background", num_inference_steps=20, output_type="latent")
+            pipe(
+                "a red circle above a blue square on a white background",
+                num_inference_steps=STEPS, output_type="latent",
+            )  # fmt: skip
         warned.append(sum("may differ visibly" in text for text in records))
         cocodiff.unwrap(pipe)
     return warned
@@ -174,7 +185,7 @@ def test_much_that_was_missed_is_said():
 
 
 def test_ranks_decide_by_values_not_by_objects():
-    everyone = run_ranks(4, _other_objects)
+    everyone = run_ranks(2, _other_objects)
     assert all(found == everyone[0] for found in everyone)
     same, share, guarded, seen = everyone[0]
     assert same and guarded == STEPS and seen
@@ -182,6 +193,7 @@ def test_ranks_decide_by_values_not_by_objects():
 
 
 def _where_coding_gains():
+    """Of few steps, so that an eighth of the bytes is all that coding sends: 8 bits of 32."""
     import torch
 
     import cocodiff
@@ -191,19 +203,20 @@ def _where_coding_gains():
     logging.getLogger("cocodiff").addHandler(handler := logging.Handler())
     handler.emit = lambda record: records.append(record.getMessage())
     found, rings = {}, {}
-    for rate in (1.0, 1e-3):  # GB/s of the outer link, which is slow against the inner one both times
+    for rate, name in ((1.0, "preset"), (1.0, "named"), (1e-3, "preset")):
+        # GB/s of the outer link, which is slow against the inner one both times
         cluster = Cluster("figures", (Level("gpu", 2, 100.0, 1e-6), Level("node", 2, rate, 1e-6)))
-        for name, transmission in {"preset": "balanced", "named": Selective(level="node")}.items():
-            pipe = cocodiff.wrap(_pipeline(), cluster=cluster, transmission=transmission)
-            rings[rate, name] = pipe.cocodiff.mesh.degrees.ring
-            cocodiff.unwrap(pipe)
-            pipe = cocodiff.wrap(_pipeline(), cluster=cluster, transmission=transmission, ring_degree=2)
-            picture = pipe(**_call(24)).images
-            found[rate, name], held = shared(pipe.cocodiff.report()), pipe.cocodiff.report()["held_bytes"]
-            cocodiff.unwrap(pipe)
-            if found[rate, name] == 1:
-                exact = cocodiff.wrap(_pipeline(), cluster=cluster, ring_degree=2)
-                assert torch.equal(exact(**_call(24)).images, picture) and held == 0
+        transmission = "balanced" if name == "preset" else Selective(level="node")
+        pipe = cocodiff.wrap(_pipeline(), cluster=cluster, transmission=transmission)
+        rings[rate, name] = pipe.cocodiff.mesh.degrees.ring
+        cocodiff.unwrap(pipe)
+        pipe = cocodiff.wrap(_pipeline(), cluster=cluster, transmission=transmission, ring_degree=2)
+        picture = pipe(**_call(7)).images
+        found[rate, name], held = shared(pipe.cocodiff.report()), pipe.cocodiff.report()["held_bytes"]
+        cocodiff.unwrap(pipe)
+        if found[rate, name] == 1:
+            exact = cocodiff.wrap(_pipeline(), cluster=cluster, ring_degree=2)
+            assert torch.equal(exact(**_call(7)).images, picture) and held == 0
     return found, rings, sum("hide under their compute" in text for text in records)
 
 
@@ -211,5 +224,5 @@ def test_exchanges_that_hide_under_compute_stay_exact_unless_the_level_is_named(
     for rank, (found, rings, said) in enumerate(run_ranks(4, _where_coding_gains)):
         assert found[1.0, "preset"] == 1, found
         assert {key for key, ring in rings.items() if ring == 1} == {(1.0, "preset")}, "else the mesh of an exact run"
-        assert all(0.1 < share < 0.13 for key, share in found.items() if key != (1.0, "preset")), found
+        assert all(0.25 < share < 0.26 for key, share in found.items() if key != (1.0, "preset")), found
         assert said == (rank == 0)
