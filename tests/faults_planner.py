@@ -15,6 +15,18 @@ PLANNER = (
         "[1, len(run) - 2, 1]", "[1, len(run) - 3, 1]", (TRACE,),
     ),
     Fault(
+        "everything is run again", "cocodiff/planner/functions.py",
+        "called = self._known.called.get(key)", "called = None", (TRACE,),
+    ),
+    Fault(
+        "a function that is known does no work", "cocodiff/planner/functions.py",
+        "for work in called.work:", "for work in ():", (TRACE,),
+    ),
+    Fault(
+        "quarters are played where halves gain nothing", "cocodiff/planner/search.py",
+        "return fewer is whole or fewer.total < whole.total", "return True", (SEARCH,),
+    ),
+    Fault(
         "a lane runs all at once", "cocodiff/planner/simulate.py",
         "for job in (jobs[0] for jobs in self._lanes.values() if jobs):",
         "for job in (job for jobs in self._lanes.values() for job in jobs):", (SIMULATE,),

@@ -4,11 +4,12 @@ Stage one reads one program of each mesh and bounds every plan of it from below:
 starts, and by the bytes on each link. Stage two plays plans in the order of their bounds, and stops at a bound above
 the best that was played: in this model no better plan can be left. Cutting rows into pieces gains at most the time for
 which the compute stands still; where that is under LEAST_GAIN of a step, plans of several pieces are not played.
+Each cut hides less than the one before and costs the same, so where halves gain nothing, quarters are not played.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from cocodiff.errors import ConfigError
@@ -105,31 +106,32 @@ def search(task: Task, keep: int = 5) -> Found:
         raise ConfigError(_none_is_legal(task, too_large))
     waiting.sort(key=lambda one: one[:2])
     best: dict[Degrees, Candidate] = {}
-    exposed: dict[RunPlan, float] = {}
-    seconds: dict[RunPlan, float] = {}
-    gains: dict[RunPlan, float] = {}  # of the last number of pieces over a whole plan
+    timings: dict[RunPlan, Timing] = {}
     played = 0
     for bound, _, plan, costs in waiting:
-        whole, mesh_best = replace(plan, pieces=1), best.get(plan.degrees)
+        mesh_best = best.get(plan.degrees)
         others = sorted(one.seconds for one in best.values())
         if len(others) >= keep and bound > others[keep - 1]:
             break
-        if mesh_best is not None and bound > mesh_best.seconds:
-            continue
-        if plan.pieces != 1 and exposed.get(whole, 0.0) < LEAST_GAIN:
-            continue
-        if plan.pieces is not None and plan.pieces > 2 and gains.get(whole, 0.0) <= 0:
+        if (mesh_best is not None and bound > mesh_best.seconds) or not _may_gain(plan, timings):
             continue
         program, played = task.trace(plan), played + 1
-        timing = costs.play(program)
-        exposed[plan] = sum(timing.waiting.values()) / timing.total
-        seconds[plan] = timing.total
-        gains[whole] = seconds[whole] - timing.total
+        timing = timings[plan] = costs.play(program)
         forwards = task.calls(plan.degrees)
         if mesh_best is None or forwards * timing.total < mesh_best.seconds:
             best[plan.degrees] = Candidate(plan, forwards * timing.total, timing, program, bound, forwards)
     found = sorted(best.values(), key=lambda one: one.seconds)[:keep]
     return Found(tuple(found), len(waiting), played)
+
+
+def _may_gain(plan: RunPlan, timings: Mapping[RunPlan, Timing]) -> bool:
+    """Whether a plan of several pieces may be faster than those of fewer, which were played before."""
+    if plan.pieces is None or plan.pieces == 1:
+        return True
+    whole, fewer = (timings.get(replace(plan, pieces=pieces)) for pieces in (1, plan.pieces // 2))
+    if whole is None or fewer is None or sum(whole.waiting.values()) < LEAST_GAIN * whole.total:
+        return False
+    return fewer is whole or fewer.total < whole.total
 
 
 def _bound(program: Program, costs: MeshCosts) -> float:

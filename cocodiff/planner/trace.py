@@ -7,6 +7,7 @@ two blocks rank plans well, one does not).
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -73,11 +74,15 @@ def trace(
     recorder, lists = Recorder(known), {name: getattr(transformer, name) for name in family.blocks}
     for name, blocks in thinned.blocks.items():
         setattr(transformer, name, nn.ModuleList(blocks))
+    collected = gc.isenabled()
+    gc.disable()  # it would look at all modules of the process again and again, and decide when what is kept goes
     try:
         session = _session(recorder, cluster, plan)
         forward = install_transformer(transformer, family, session)
         parts = _run(recorder, forward, session, plan, given)
     finally:
+        if collected:
+            gc.enable()
         for name, blocks in lists.items():
             setattr(transformer, name, blocks)
     counts = [1, *(count for one in thinned.times.values() for count in one), 1]

@@ -57,6 +57,19 @@ def test_the_best_is_the_best_of_all(cluster, device, guided, monkeypatch):
     assert search(of, keep=1).played > found.played
 
 
+def test_quarters_are_traced_only_where_halves_gain(monkeypatch):
+    of, traced = _task(), []
+    counted = replace(of, trace=lambda plan: traced.append(plan) or of.trace(plan))
+    search(counted, keep=1)
+    for plan in traced:
+        if plan.pieces == 4:
+            assert seconds_of(of, replace(plan, pieces=2)) < seconds_of(of, replace(plan, pieces=1))
+    few = len(traced)
+    monkeypatch.setattr(searching, "_may_gain", lambda plan, timings: True)  # control
+    search(counted, keep=1)
+    assert few < len(traced) - few
+
+
 @pytest.mark.parametrize("cluster", [SLOW, STAGED])
 def test_bounds_are_below_what_is_played(cluster):
     found = search(_task(cluster, guided=True), keep=10).candidates

@@ -12,6 +12,7 @@ from cocodiff.models.shapes import Shape
 from cocodiff.parallel.mesh import Degrees
 from cocodiff.parallel.placement import Placement
 from cocodiff.plan import RunPlan
+from cocodiff.planner import functions
 from cocodiff.planner.functions import Known
 from cocodiff.planner.program import Compute, Program, Send, Wait
 from cocodiff.planner.trace import Thinned, trace
@@ -107,3 +108,18 @@ def test_the_transformer_is_left_as_it_was():
     first = _trace(transformer, family, given, TWO_BY_TWO, _plan(1, 1, 4), known := Known())
     assert transformer.transformer_blocks is blocks and len(blocks) == 5 and transformer.forward == forward
     assert _trace(transformer, family, given, TWO_BY_TWO, _plan(1, 1, 4), known) == first, "operators seen before count"
+
+
+def test_what_was_called_before_is_not_run_again(monkeypatch):
+    shape, family, firsts = _small("flux2"), family_named("flux2"), []
+    given = family.part("shapes").RECIPE.inputs(shape, lambda *sizes: torch.empty(sizes, device="meta"))
+    transformer, known = meta_transformer(shape).eval(), Known()
+    first = functions.Functions._first
+    monkeypatch.setattr(functions.Functions, "_first", lambda *given: firsts.append(given[2]) or first(*given))
+    counts, programs = [], []
+    for of in (known, known, Known()):  # the last one is the control
+        programs.append(_trace(transformer, family, given, TWO_BY_TWO, _plan(1, 1, 4), of))
+        counts.append(len(firsts))
+        firsts.clear()
+    assert counts[1] < counts[0] / 10 and counts[2] == counts[0] > 50
+    assert programs[0] == programs[1] == programs[2], "kept memory, too, does not depend on what was traced before"
