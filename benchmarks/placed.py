@@ -14,9 +14,9 @@ import argparse
 import json
 import os
 import statistics
-import tempfile
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from fractions import Fraction
 from pathlib import Path
 
@@ -25,16 +25,16 @@ from torch import Tensor
 
 from benchmarks.planned import Row, concordance, seconds_of
 from benchmarks.played import PlayedDevice
-from cocodiff.bench.methods import Method, our_method
+from cocodiff.bench.methods import Method
 from cocodiff.bench.models import build_transformer
-from cocodiff.bench.planning import measured_links, measured_rates
-from cocodiff.bench.run import time_steps
+from cocodiff.bench.planning import measured_links, measured_plans, measured_rates
 from cocodiff.bench.shapes import named_shape
-from cocodiff.config import Config
 from cocodiff.kernels.partial import attend_partial
+from cocodiff.launch.environment import environment
 from cocodiff.launch.job import start_job
 from cocodiff.plan import RunPlan
-from cocodiff.planner.plan_file import SCHEMA, plan_as_json
+from cocodiff.planner.measured import Measurements
+from cocodiff.planner.plan_file import plan_as_json
 from cocodiff.planner.rates import DEVICES
 from cocodiff.planner.space import meshes, spreadings
 from cocodiff.planner.wanted import Wanted, task
@@ -78,20 +78,7 @@ def main() -> None:
         for placement in spreadings(links.sizes, degrees)
     ]
     predicted = [seconds_of(wanted, plan) for plan in plans] if job.is_main else []
-    with tempfile.TemporaryDirectory() as folder:
-        methods = []
-        for plan in plans:
-            file = Path(folder) / "plan.json"
-            file.write_text(json.dumps({"schema": SCHEMA, "plans": [plan_as_json(plan)]}))
-            exact = our_method("exact", Config(cluster=cluster, plan=file), model, shape, job, args.guided)
-            methods.append(on_device(exact))
-        for method in methods:
-            time_steps(method, 1, job)
-        seconds: list[list[float]] = [[] for _ in methods]
-        for number in range(args.rounds):
-            for index in range(len(methods)):
-                at = (index + number) % len(methods)
-                seconds[at].append(time_steps(methods[at], 1, job)[0])
+    seconds = measured_plans(job, plans, model, shape, cluster, args.guided, args.rounds, on_device)
     if not job.is_main:
         return
     given = ", ".join(
@@ -104,8 +91,16 @@ def main() -> None:
     ]
     report(rows)
     if args.out is not None:
-        command = os.environ["EMULATED_COMMAND"]
-        args.out.write_text(json.dumps({"command": command, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+        figures = Measurements(environment(job), datetime.now(UTC).date().isoformat(), links, rates)
+        found = {
+            "command": os.environ["EMULATED_COMMAND"],
+            "shape": shape.as_json(),
+            "branches": 2 if args.guided else 1,
+            "measured": figures.as_json(),
+            "plans": [plan_as_json(plan) for plan in plans],
+            "rows": [asdict(row) for row in rows],
+        }
+        args.out.write_text(json.dumps(found) + "\n")
 
 
 def report(rows: list[Row]) -> None:

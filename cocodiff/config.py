@@ -118,8 +118,9 @@ class Config:
             bytes; 1/32 where only keys and values cross), or a `cocodiff.Selective`. Fast links stay exact.
         pieces: into how many pieces a layer's rows are cut so that exchange and compute overlap; None lets the cost
             model decide.
-        plan: `"auto"`: the planner chooses degrees, placement, exchange and pieces at the first call of a shape. Or a
-            file of `cocodiff plan --out`, which has them.
+        plan: `"auto"`: the planner chooses degrees, placement, exchange and pieces at the first call of a shape, by
+            assumed figures; a file of `cocodiff plan --measure`: by measured ones. A file of `cocodiff plan --out` has
+            the plan.
 
     Examples:
         >>> Config(exchange="staged").schedule
@@ -157,7 +158,7 @@ class Config:
     def _check_plan(self) -> None:
         """A plan file decides what these settings would; it is read where ranks have joined."""
         if not isinstance(self.plan, str | os.PathLike):
-            raise ConfigError(f'plan={self.plan!r} is neither "auto" nor the path of a file of cocodiff plan --out.')
+            raise ConfigError(f'plan={self.plan!r} is neither "auto" nor the path of a file of cocodiff plan.')
         fixed = {name: getattr(self, name) for name in (*DEGREES, "pieces") if getattr(self, name) is not None}
         fixed |= {} if self.exchange == "auto" else {"exchange": self.exchange}
         fixed |= {} if self.transmission == "exact" else {"transmission": self.transmission}

@@ -57,6 +57,8 @@ class RunPlan:
             say. Else a layer is coded where that gains time.
         placement: which rank of the mesh is where in the cluster; None for the mesh's own order. `coded_from` is that
             of the sequence as it is placed.
+        dp_degree: groups of ranks that draw pictures of their own, each with such a mesh; planned for, not carried out
+            yet.
     """
 
     degrees: Degrees
@@ -67,6 +69,7 @@ class RunPlan:
     coded_from: int | None = None
     coded_always: bool = False
     placement: Placement | None = None
+    dp_degree: int = 1
 
     def kv_only(self, mesh: Mesh) -> bool:
         """Whether keys and values are all that crosses the levels where transmission is selective."""

@@ -87,8 +87,7 @@ def network(steps: list[Step], latency_us: float) -> Iterator[list[str]]:
         return name
 
     def limit(name: str, device: str, bits: float) -> None:
-        # A bucket of 4 ms, so that the average holds over short times, but of a whole 64 KB segment: else the kernel
-        # would cut it into packets, whose handling takes the cores from the ranks.
+        # A bucket of 1 ms, or of ten packets: what it holds after a pause leaves at once, which no real link does.
         burst = max(16_000, int(bits / 8 * 0.001))
         bucket = ("tbf", "rate", f"{int(bits)}bit", "burst", str(burst), "limit", str(256 * IN_FLIGHT))
         run("tc", "-n", name, "qdisc", "add", "dev", device, "root", "handle", "1:", *bucket)

@@ -17,10 +17,10 @@ import torch.distributed as dist
 
 from cocodiff.bench.links import connect_all
 from cocodiff.bench.methods import synchronize
-from cocodiff.bench.run import environment
 from cocodiff.errors import ConfigError
 from cocodiff.exchange.connected import ConnectedMesh
 from cocodiff.launch.agree import gather_json
+from cocodiff.launch.environment import environment
 from cocodiff.launch.job import Job
 from cocodiff.parallel.layout import Traffic
 from cocodiff.parallel.mesh import Mesh

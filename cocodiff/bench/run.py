@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from cocodiff.bench.links import busiest_links, connect_all, goodput, inner_rank
 from cocodiff.bench.methods import DESCRIPTIONS, OURS, Method, check_methods, compute_method, make_method, synchronize
 from cocodiff.bench.models import build_transformer
 from cocodiff.launch.agree import gather_json
+from cocodiff.launch.environment import environment
 from cocodiff.launch.job import Job
 from cocodiff.models.shapes import Shape
 from cocodiff.observe.trace import write_trace
@@ -249,27 +248,3 @@ def _relative_error(output: Tensor | None, reference: Tensor | None) -> float | 
 
 def _named(rates: dict[int, float], cluster: Cluster) -> dict[str, float]:
     return {cluster.levels[level].name: rate / 1e9 for level, rate in rates.items()}
-
-
-def environment(job: Job) -> dict[str, Any]:
-    """The machine and the versions, for a reader of the result."""
-    names = ("cocodiff", "torch", "diffusers")
-    return {
-        "device": job.device.type,
-        "machine": _processor(),
-        "ranks": job.world_size,
-        "hosts": len(set(job.hosts)),
-        "backend": job.backend,
-        "threads_per_rank": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in names},
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{len(models)} x {models[0]}" if models else platform.machine()

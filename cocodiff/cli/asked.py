@@ -51,7 +51,7 @@ class Asked:
 
     def model(self) -> Shape:
         """The shape, scaled and changed. ConfigError with the option for what cannot be."""
-        shape = named_shape(self.shape).scaled(_fraction(self.scale))
+        shape = named_shape(self.shape).scaled(fraction(self.scale))
         changes: dict[str, Any] = {"image": self.tokens, "text": self.text, "heads": self.heads}
         if self.dtype is not None:
             changes["dtype"] = dtype_named(self.dtype)
@@ -92,7 +92,7 @@ def whole_numbers(option: str, text: str, most: int = 2**20) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _fraction(text: str) -> Fraction:
+def fraction(text: str) -> Fraction:
     try:
         if len(text) > 2 * MOST_DIGITS:
             raise ValueError

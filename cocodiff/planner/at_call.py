@@ -1,4 +1,4 @@
-"""Plans a wrapped pipeline's call, when its first forward shows what it computes: `plan="auto"`."""
+"""Plans a wrapped pipeline's call, when its first forward shows what it computes."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from cocodiff.errors import ConfigError
 from cocodiff.launch.agree import gather_json
+from cocodiff.launch.environment import environment
 from cocodiff.pipeline.forward import ShardedForward
 from cocodiff.plan import RunPlan
+from cocodiff.planner.measured import read_measurements
 from cocodiff.planner.plan_file import plan_as_json, plan_of_json
-from cocodiff.planner.rates import rates_here
-from cocodiff.planner.search import Candidate, search
-from cocodiff.planner.task import task_of
+from cocodiff.planner.rates import Rates, rates_here
+from cocodiff.topology import Cluster
+
+if TYPE_CHECKING:
+    from cocodiff.planner.search import Candidate
 
 _log = logging.getLogger(__name__)
 
@@ -51,25 +55,44 @@ def _of_first(forward: ShardedForward, given: Mapping[str, Any], branches: int) 
             best = _best(forward, given, branches)
             found = {"plan": plan_as_json(best.plan)}
             _say(best, time.perf_counter() - began, forward)
+        except ConfigError as error:
+            found = {"error": str(error)}
         except Exception as error:  # told to all ranks, which would wait for a plan
-            found = {"error": f"{type(error).__name__}: {error}"}
+            cure = "leave plan out, or give degrees"
+            found = {"error": f"the planner found no plan ({type(error).__name__}: {error}): {cure}."}
     found = gather_json(found, job.host_group)[0]
     if "error" in found:
-        raise ConfigError(f'plan="auto" found no plan ({found["error"]}): leave plan out, or give degrees.')
+        raise ConfigError(found["error"])
     return replace(plan_of_json(found["plan"]), schedule=forward.session.config.schedule)
 
 
 def _best(forward: ShardedForward, given: Mapping[str, Any], branches: int) -> Candidate:
-    session, family, transformer = forward.session, forward.family, forward.transformer
+    from cocodiff.planner.search import search  # what it needs takes a while to import
+    from cocodiff.planner.task import task_of
+
+    family, transformer = forward.family, forward.transformer
     with torch.device("meta"):
         twin = type(transformer).from_config(transformer.config)
     torch.nn.Module.to(twin, transformer.dtype).eval()
     both = branches > 1 and family.batched
     half = {name: _half(x) if both and name in family.batched else x for name, x in given.items()}
-    task = task_of(
-        twin, family, forward.facts.heads, (half, given), branches, session.cluster, rates_here(session.device), None
-    )
+    cluster, rates = _figures(forward)
+    task = task_of(twin, family, forward.facts.heads, (half, given), branches, cluster, rates, None)
     return search(task, keep=1).candidates[0]
+
+
+def _figures(forward: ShardedForward) -> tuple[Cluster, Rates]:
+    """Links and rates: those measured, if they are of this machine, or those assumed."""
+    session = forward.session
+    plan = session.config.plan
+    if plan is None or plan == "auto":
+        return session.cluster, rates_here(session.device)
+    measured = read_measurements(plan)
+    measured.check(environment(session.job))
+    if measured.cluster.sizes != session.cluster.sizes:
+        there, here = ("x".join(map(str, one.sizes)) for one in (measured.cluster, session.cluster))
+        raise ConfigError(f"plan={plan!r} was measured on levels of {there} parts, and here are {here}: measure again.")
+    return measured.cluster, measured.rates
 
 
 def _half(value: Any) -> Any:
@@ -78,7 +101,7 @@ def _half(value: Any) -> Any:
 
 
 def _say(best: Candidate, seconds: float, forward: ShardedForward) -> None:
-    plan, rates = best.plan, rates_here(forward.session.device)
+    plan, rates = best.plan, _figures(forward)[1]
     placed = "" if plan.placement is None else f", placed {plan.placement}"
     pieces = "" if plan.pieces == 1 else f", {plan.pieces} pieces"
     _log.info(

@@ -7,6 +7,7 @@ from typing import Any
 
 from cocodiff.parallel.layout import digits
 from cocodiff.parallel.mesh import Degrees
+from cocodiff.plan import RunPlan
 from cocodiff.planner.plan_file import SCHEMA, plan_as_json
 from cocodiff.planner.rates import Rates
 from cocodiff.planner.search import Candidate, Found
@@ -29,7 +30,11 @@ def why_not(best: Candidate, other: Candidate, cluster: Cluster) -> str:
     first, second = parts(best, cluster), parts(other, cluster)
     more = {name: second.get(name, 0.0) - first.get(name, 0.0) for name in {**first, **second}}
     name, seconds = max(more.items(), key=lambda one: one[1])
-    slower = other.seconds / best.seconds - 1
+    groups = best.plan.dp_degree, other.plan.dp_degree
+    slower = other.seconds * groups[0] / (best.seconds * groups[1]) - 1
+    if groups[0] != groups[1]:
+        each = f"each step takes {other.seconds / best.seconds:.2f} times as long"
+        return f"{slower + 1:.2f} times as long for as many steps: {groups[1]} groups, not {groups[0]}; {each}."
     if slower < 0.001:
         return "as fast in this model: take either."
     return f"{slower:.1%} slower: {_seconds(seconds)} more of {name}."
@@ -48,7 +53,7 @@ def describe(found: Found, asked: Wanted, cluster: Cluster, rates: Rates) -> Ite
     for number, one in enumerate(found.candidates, 1):
         compute = one.forwards * one.timing.compute / one.seconds
         yield (
-            f"{number:<2}{str(one.plan.degrees):34}{one.plan.exchange:>10}{one.plan.pieces:>8}"
+            f"{number:<2}{_named(one.plan):34}{one.plan.exchange:>10}{one.plan.pieces:>8}"
             f"{_seconds(one.seconds):>10}{compute:>9.0%}{1 - compute:>9.0%}{one.memory_bytes / 1e9:>7.1f} GB"
         )
     best = found.candidates[0]
@@ -62,7 +67,10 @@ def describe(found: Found, asked: Wanted, cluster: Cluster, rates: Rates) -> Ite
     yield ""
     assumed = f"{rates.name}'s rates are {rates.source}; links are as the cluster {cluster.name!r} states them"
     yield f"Confidence: {assumed}. Memory leaves out text encoders and VAE. See docs/planner.md."
-    yield 'To use it: add --out plan.json, and cocodiff.wrap(pipe, plan="plan.json").'
+    if best.plan.dp_degree > 1:
+        yield f"To use it: start {best.plan.dp_degree} runs of {cluster.num_ranks // best.plan.dp_degree} ranks each."
+    else:
+        yield 'To use it: add --out plan.json, and cocodiff.wrap(pipe, plan="plan.json").'
 
 
 def placement(candidate: Candidate, cluster: Cluster) -> Iterator[str]:
@@ -70,21 +78,27 @@ def placement(candidate: Candidate, cluster: Cluster) -> Iterator[str]:
     degrees = candidate.plan.degrees
     if cluster.num_ranks == 1:
         return
-    placed = candidate.plan.placement
+    placed, group = candidate.plan.placement, cluster.num_ranks // candidate.plan.dp_degree
     place = placed.coordinates if placed is not None else lambda rank: _in_order(degrees, rank)
     if placed is not None:
         yield f"Placement, ranks of each axis along {', '.join(level.name for level in cluster.levels)}: {placed}"
     unit = cluster.num_ranks // cluster.sizes[-1]
-    yield f"Ranks as (cfg, ring, ulysses), by {cluster.levels[-1].name}:"
+    of = "" if candidate.plan.dp_degree == 1 else f" in their group of {group}"
+    yield f"Ranks as (cfg, ring, ulysses){of}, by {cluster.levels[-1].name}:"
     for number in range(min(cluster.sizes[-1], SHOWN_PLACES)):
         words = []
         for rank in range(number * unit, (number + 1) * unit):
-            words.append("({},{},{})".format(*place(rank)))
+            words.append("({},{},{})".format(*place(rank % group)))
             if len(cluster.sizes) > 2 and digits(rank + 1, cluster.sizes)[0] == 0 and rank + 1 < (number + 1) * unit:
                 words.append("|")
         yield f"  {cluster.levels[-1].name} {number}: {' '.join(words)}"
     if cluster.sizes[-1] > SHOWN_PLACES:
         yield f"  and so on, to {cluster.levels[-1].name} {cluster.sizes[-1] - 1}"
+
+
+def _named(plan: RunPlan) -> str:
+    """The degrees of a plan, with the groups where there are several."""
+    return str(plan.degrees) if plan.dp_degree == 1 else f"dp {plan.dp_degree} x {plan.degrees}"
 
 
 def _in_order(degrees: Degrees, rank: int) -> tuple[int, int, int]:

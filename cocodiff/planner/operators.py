@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cocodiff.planner.functions import Known, Operand
 from cocodiff.planner.program import Work
-from cocodiff.planner.recording import Known, Operand
 
 TIMES = 3  # each is run after one run that warms up; the least counts
 AT_ONCE_SECONDS = 2e-3  # on an accelerator, so much is launched before the clock is read
@@ -27,7 +27,7 @@ def time_operators(known: Known, device: torch.device) -> Mapping[Work, float]:
     """
     found: dict[Work, float] = {}
     with torch.no_grad():
-        for (function, args, kwargs), (work, _) in known.items():
+        for (function, args, kwargs), (work, _) in known.operators.items():
             if work is None:
                 continue
             given = _made(args, device)

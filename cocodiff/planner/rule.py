@@ -10,6 +10,7 @@ from cocodiff.errors import ConfigError
 from cocodiff.parallel.layout import axis_sizes, digits, outermost
 from cocodiff.parallel.mesh import Degrees
 from cocodiff.plan import ModelFacts, RunPlan, layer_costs
+from cocodiff.planner.measured import are_measurements
 from cocodiff.planner.plan_file import read_plan
 from cocodiff.selective.schedule import coded_from, names_level
 from cocodiff.topology import Cluster
@@ -18,7 +19,7 @@ from cocodiff.topology import Cluster
 def plan_run(config: Config, cluster: Cluster, device_type: str, model: ModelFacts) -> RunPlan | None:
     """Choose the mesh of an exact run, or, where selective transmission applies and gains time, the mesh for that.
 
-    None where `plan="auto"` leaves that to each call.
+    None where `plan="auto"`, or measurements, leave that to each call.
 
     Args:
         cluster: of all ranks, with concrete sizes.
@@ -26,7 +27,7 @@ def plan_run(config: Config, cluster: Cluster, device_type: str, model: ModelFac
     Raises:
         ConfigError: with the numbers, where no mesh has the degrees that were given, or `config.plan` cannot be used.
     """
-    if config.plan == "auto":
+    if config.plan is not None and (config.plan == "auto" or are_measurements(config.plan)):
         return None
     if config.plan is not None:
         planned = read_plan(config.plan, cluster)

@@ -15,9 +15,9 @@ from cocodiff.errors import ConfigError
 from cocodiff.parallel.mesh import Degrees
 from cocodiff.plan import RunPlan
 from cocodiff.planner.costs import MeshCosts
+from cocodiff.planner.functions import Known
 from cocodiff.planner.program import Program
 from cocodiff.planner.rates import Rates
-from cocodiff.planner.recording import Known
 from cocodiff.planner.simulate import Timing
 from cocodiff.planner.space import meshes, spreadings, ways
 from cocodiff.topology import Cluster
@@ -106,6 +106,8 @@ def search(task: Task, keep: int = 5) -> Found:
     waiting.sort(key=lambda one: one[:2])
     best: dict[Degrees, Candidate] = {}
     exposed: dict[RunPlan, float] = {}
+    seconds: dict[RunPlan, float] = {}
+    gains: dict[RunPlan, float] = {}  # of the last number of pieces over a whole plan
     played = 0
     for bound, _, plan, costs in waiting:
         whole, mesh_best = replace(plan, pieces=1), best.get(plan.degrees)
@@ -116,9 +118,13 @@ def search(task: Task, keep: int = 5) -> Found:
             continue
         if plan.pieces != 1 and exposed.get(whole, 0.0) < LEAST_GAIN:
             continue
+        if plan.pieces is not None and plan.pieces > 2 and gains.get(whole, 0.0) <= 0:
+            continue
         program, played = task.trace(plan), played + 1
         timing = costs.play(program)
         exposed[plan] = sum(timing.waiting.values()) / timing.total
+        seconds[plan] = timing.total
+        gains[whole] = seconds[whole] - timing.total
         forwards = task.calls(plan.degrees)
         if mesh_best is None or forwards * timing.total < mesh_best.seconds:
             best[plan.degrees] = Candidate(plan, forwards * timing.total, timing, program, bound, forwards)

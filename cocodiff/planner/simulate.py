@@ -106,6 +106,7 @@ class _Player:
         self._lanes: dict[int, list[_Job]] = {}  # jobs that have not ended, in order
         self._known_work: dict[tuple[Work, ...], float] = {}
         self._known_sends: dict[Send, Transfer] = {}
+        self._known_speeds: dict[tuple[int, ...], list[float]] = {}  # of transfers that run at once, each known above
 
     def play(self, program: Program) -> Timing:
         for steps, times in program.parts:
@@ -187,10 +188,10 @@ class _Player:
     def _speeds(self) -> dict[int, float]:
         """How fast each flowing job runs, as a share of its whole a second."""
         flowing = self._flowing()
-        alone = [max(max(job.transfer.seconds), 1e-12) for job in flowing]
-        needs = [[amount / total for amount in job.transfer.seconds] for job, total in zip(flowing, alone, strict=True)]
-        shares = fair_shares(needs)
-        return {job.number: share / total for job, share, total in zip(flowing, shares, alone, strict=True)}
+        together = tuple(id(job.transfer) for job in flowing)
+        if together not in self._known_speeds:
+            self._known_speeds[together] = _speeds([job.transfer for job in flowing])
+        return {job.number: speed for job, speed in zip(flowing, self._known_speeds[together], strict=True)}
 
     def _next(self, speeds: dict[int, float]) -> float:
         """Seconds until something ends or begins to flow."""
@@ -211,6 +212,13 @@ class _Player:
                 for jobs in self._lanes.values():
                     if jobs and jobs[0] is job:
                         jobs.pop(0)
+
+
+def _speeds(transfers: Sequence[Transfer]) -> list[float]:
+    """How fast each of these runs beside the others, as a share of its whole a second."""
+    alone = [max(max(one.seconds), 1e-12) for one in transfers]
+    needs = [[amount / total for amount in one.seconds] for one, total in zip(transfers, alone, strict=True)]
+    return [share / total for share, total in zip(fair_shares(needs), alone, strict=True)]
 
 
 def fair_shares(needs: Sequence[Sequence[float]]) -> list[float]:

@@ -11,11 +11,11 @@ from torch import nn
 
 from cocodiff.models import Family
 from cocodiff.plan import RunPlan
+from cocodiff.planner.functions import Known
 from cocodiff.planner.program import Program
 from cocodiff.planner.rates import Rates
-from cocodiff.planner.recording import Known
 from cocodiff.planner.search import Task
-from cocodiff.planner.trace import trace
+from cocodiff.planner.trace import Thinned, trace
 from cocodiff.topology import Cluster
 
 
@@ -37,11 +37,11 @@ def task_of(
         inputs: of a forward of one branch of guidance, and of all branches that the family has in one batch.
         branches: of guidance.
     """
-    known: Known = {}
+    known, thinned = Known(), Thinned.of(transformer, family)
 
     @cache
     def of(plan: RunPlan) -> Program:
-        return trace(transformer, family, inputs[0 if plan.degrees.cfg > 1 else 1], cluster, plan, known)
+        return trace(transformer, thinned, family, inputs[0 if plan.degrees.cfg > 1 else 1], cluster, plan, known)
 
     def traced(plan: RunPlan) -> Program:
         # Only the stages of a staged exchange depend on where ranks are.

@@ -8,6 +8,7 @@ two blocks rank plans well, one does not).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,16 +23,38 @@ from cocodiff.models import Family
 from cocodiff.parallel.mesh import Axis, Mesh
 from cocodiff.pipeline.install import install_transformer
 from cocodiff.plan import RunPlan
+from cocodiff.planner.functions import Known
 from cocodiff.planner.program import Program, Step
-from cocodiff.planner.recording import Known, RecordedGroup, Recorder, RecordingLane, RecordingTransport
+from cocodiff.planner.recording import RecordedGroup, Recorder, RecordingLane, RecordingTransport
 from cocodiff.state import CallState, Session
 from cocodiff.topology import Cluster
 
 KEPT = 3  # blocks of each run of equal ones: the first, one that stands for those between, the last
 
 
+@dataclass(frozen=True)
+class Thinned:
+    """The blocks of a transformer that are run, and for how many each stands: list by list, by the list's name.
+
+    Attributes:
+        weight_bytes: of all its parameters.
+    """
+
+    blocks: Mapping[str, list[nn.Module]]
+    times: Mapping[str, list[int]]
+    weight_bytes: int
+
+    @classmethod
+    def of(cls, transformer: nn.Module, family: Family) -> Thinned:
+        weight_bytes = sum(x.numel() * x.itemsize for x in (*transformer.parameters(), *transformer.buffers()))
+        several = {name: _thinned(list(getattr(transformer, name))) for name in family.blocks}
+        blocks, times = {name: one[0] for name, one in several.items()}, {name: one[1] for name, one in several.items()}
+        return cls(blocks, times, weight_bytes)
+
+
 def trace(
     transformer: nn.Module,
+    thinned: Thinned,
     family: Family,
     given: Mapping[str, Any],
     cluster: Cluster,
@@ -45,12 +68,10 @@ def trace(
         given: a forward's arguments; of tensors only shapes and dtypes count.
         cluster: of all ranks, with concrete sizes.
         plan: with a concrete exchange and number of pieces.
-        known: operators of traces before, which make this one quicker; filled further.
+        known: functions of traces before, which make this one quicker; filled further.
     """
     recorder, lists = Recorder(known), {name: getattr(transformer, name) for name in family.blocks}
-    weight_bytes = sum(x.numel() * x.itemsize for x in (*transformer.parameters(), *transformer.buffers()))
-    kept, times = zip(*(_thinned(list(blocks)) for blocks in lists.values()), strict=True)
-    for name, blocks in zip(lists, kept, strict=True):
+    for name, blocks in thinned.blocks.items():
         setattr(transformer, name, nn.ModuleList(blocks))
     try:
         session = _session(recorder, cluster, plan)
@@ -59,12 +80,11 @@ def trace(
     finally:
         for name, blocks in lists.items():
             setattr(transformer, name, blocks)
-    counts = [1, *(count for one in times for count in one), 1]
-    return Program(tuple(zip(parts, counts, strict=True)), weight_bytes, recorder.peak_bytes)
+    counts = [1, *(count for one in thinned.times.values() for count in one), 1]
+    return Program(tuple(zip(parts, counts, strict=True)), thinned.weight_bytes, recorder.memory.peak_bytes)
 
 
 def _thinned(blocks: list[nn.Module]) -> tuple[list[nn.Module], list[int]]:
-    """The blocks that are run, and for how many each stands."""
     runs: list[list[nn.Module]] = []
     signature = None
     for block in blocks:

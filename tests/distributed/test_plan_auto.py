@@ -1,5 +1,7 @@
 """plan="auto": the planner chooses at the first call of a shape, alike on all ranks, and the picture is the same."""
 
+import importlib
+
 from tests.distributed.draws import LIMIT
 from tests.distributed.ranks import run_ranks
 from tests.pipelines import flux_call, flux_pipeline, relative_error
@@ -27,15 +29,15 @@ def _planned(expected):
 
     import cocodiff
     from cocodiff.errors import ConfigError
-    from cocodiff.planner import at_call
 
-    asked, search = [], at_call.search
+    asked, module = [], importlib.import_module("cocodiff.planner.search")
+    search = module.search
 
     def counted(task, keep):
         asked.append(task.cluster.num_ranks)
         return search(task, keep=keep)
 
-    at_call.search = counted
+    module.search = counted
     pipe = cocodiff.wrap(flux_pipeline(heads=4), cluster=_cluster(), plan="auto")
     before = pipe.cocodiff.plan, pipe.cocodiff.mesh
     errors, plans = [], []
@@ -48,12 +50,12 @@ def _planned(expected):
     def broken(task, keep):
         raise RuntimeError("no such operator")
 
-    at_call.search = broken
+    module.search = broken
     pipe = cocodiff.wrap(flux_pipeline(heads=4), cluster=_cluster(), plan="auto")
     with pytest.raises(ConfigError) as told:
         pipe(**_call())
     cocodiff.unwrap(pipe)
-    at_call.search = search
+    module.search = search
     return before, errors, plans, len(asked), str(told.value)
 
 

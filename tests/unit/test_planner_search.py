@@ -175,6 +175,18 @@ def test_a_plan_that_cannot_be_used_is_refused(change, words, tmp_path):
         plan_run(Config(plan=str(out)), SLOW, "cpu", ModelFacts(24, 1536, 2))
 
 
+def test_throughput_takes_more_groups_and_their_plan_is_refused_by_one_run(tmp_path):
+    out = tmp_path / "plan.json"
+    text = _said(*SMALL, "--width", "256", "--cfg", "--objective", "throughput", "--out", str(out))
+    assert text.splitlines()[4].startswith("1 dp 4 x cfg 1 x ring 1 x ulysses 1"), text
+    assert "times as long for as many steps" in text and "start 4 runs of 1 ranks each" in text
+    with pytest.raises(ConfigError, match="is for 4 groups of ranks .* start 4 runs"):
+        plan_run(Config(plan=out), SLOW, "cpu", ModelFacts(24, 1536, 2))
+    quickest = _said(*SMALL, "--width", "256", "--cfg")
+    assert quickest.splitlines()[4].startswith("1 cfg 2"), "control: one picture is drawn fastest by all ranks"
+    assert "neither latency nor throughput" in _said(*SMALL, "--objective", "cost")
+
+
 def test_files_that_are_no_plans_and_settings_beside_one(tmp_path):
     other = tmp_path / "other.json"
     other.write_text("[]")

@@ -12,8 +12,9 @@ from cocodiff.models.shapes import Shape
 from cocodiff.parallel.mesh import Degrees
 from cocodiff.parallel.placement import Placement
 from cocodiff.plan import RunPlan
+from cocodiff.planner.functions import Known
 from cocodiff.planner.program import Compute, Program, Send, Wait
-from cocodiff.planner.trace import trace
+from cocodiff.planner.trace import Thinned, trace
 from cocodiff.planner.wanted import meta_transformer
 from cocodiff.topology import Cluster, Level
 
@@ -29,7 +30,11 @@ def _small(family: str) -> Shape:
 def _traced(shape: Shape, cluster: Cluster, plan: RunPlan) -> Program:
     family = family_named(shape.family)
     given = family.part("shapes").RECIPE.inputs(shape, lambda *sizes: torch.empty(sizes, device="meta"))
-    return trace(meta_transformer(shape).eval(), family, given, cluster, plan, {})
+    return _trace(meta_transformer(shape).eval(), family, given, cluster, plan, Known())
+
+
+def _trace(transformer, family, *more):
+    return trace(transformer, Thinned.of(transformer, family), family, *more)
 
 
 def _plan(cfg: int, ring: int, ulysses: int, **more: object) -> RunPlan:
@@ -99,6 +104,6 @@ def test_the_transformer_is_left_as_it_was():
     given = family.part("shapes").RECIPE.inputs(shape, lambda *sizes: torch.empty(sizes, device="meta"))
     transformer = meta_transformer(shape).eval()
     blocks, forward = transformer.transformer_blocks, transformer.forward
-    first = trace(transformer, family, given, TWO_BY_TWO, _plan(1, 1, 4), known := {})
+    first = _trace(transformer, family, given, TWO_BY_TWO, _plan(1, 1, 4), known := Known())
     assert transformer.transformer_blocks is blocks and len(blocks) == 5 and transformer.forward == forward
-    assert trace(transformer, family, given, TWO_BY_TWO, _plan(1, 1, 4), known) == first, "operators seen before count"
+    assert _trace(transformer, family, given, TWO_BY_TWO, _plan(1, 1, 4), known) == first, "operators seen before count"
