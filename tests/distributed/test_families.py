@@ -14,12 +14,15 @@ def test_every_family_draws_what_one_rank_draws(ranks, references):
     check(drawn(ranks, PIPELINES), references)
 
 
+ONE_OF_EACH = {name.split()[0]: name for name in PIPELINES}.values()  # the last one of each family
+
+
 def _broken(references):
     """The keys of one exchange stay where they are."""
     import cocodiff
 
     errors = {}
-    for name in PIPELINES:
+    for name in ONE_OF_EACH:
         pipe = cocodiff.wrap(build(name), exchange="flat")
         leave_out_exchange(pipe, "k")
         errors[name] = relative_error(draw(pipe, name, "odd"), references(name, "odd"))
@@ -27,7 +30,7 @@ def _broken(references):
 
 
 def test_control_a_broken_exchange_is_seen_in_every_family(references):
-    references.prepare((name, "odd") for name in PIPELINES)
+    references.prepare((name, "odd") for name in ONE_OF_EACH)
     for errors in run_ranks(2, _broken, references):
         assert min(errors.values()) > 100 * LIMIT, errors
 
@@ -92,7 +95,7 @@ def _tiny(wrap):
 
 def test_tiny_pipelines_from_a_prompt_to_pixels():
     one_rank = run_ranks(1, _tiny, False)[0]
-    for found in run_ranks(3, _tiny, True):
+    for found in run_ranks(2, _tiny, True):
         errors = {family: relative_error(pixels, one_rank[family]) for family, pixels in found.items()}
         assert max(errors.values()) < LIMIT, errors
     assert all(pixels.std() > 0.01 for pixels in one_rank.values())

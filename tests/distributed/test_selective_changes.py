@@ -173,7 +173,7 @@ def _noisy():
         for _ in range(1 + stochastic):  # said once
             pipe(
                 "a red circle above a blue square on a white background",
-                num_inference_steps=STEPS, output_type="latent",
+                height=32, width=32, num_inference_steps=STEPS, output_type="latent",
             )  # fmt: skip
         warned.append(sum("may differ visibly" in text for text in records))
         cocodiff.unwrap(pipe)

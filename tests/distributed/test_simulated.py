@@ -3,10 +3,11 @@
 import pytest
 
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_selective import STEPS, _cluster, budget, shared
+from tests.distributed.test_selective import _cluster, budget, shared
 from tests.pipelines import relative_error
 
 CAPTION, SIDE = "a red circle above a blue square on a white background", 32
+STEPS = 8
 
 
 def _simulated():
@@ -18,7 +19,7 @@ def _simulated():
     found = {}
     for ring in (False, True):
         pipe = tiny_pipeline()
-        selective = Selective(budget=budget(1 / 16))
+        selective = Selective(budget=budget(1 / 16, STEPS))
         simulation = Simulation(selective, Hosts(ring=ring), {"text": 16, "image": SIDE * SIDE // 16}, STEPS)
         with simulation.around(pipe.transformer):
             found[ring] = _drawn(pipe), simulation.sent / simulation.exact
@@ -53,7 +54,7 @@ def _real():
         pipe = cocodiff.wrap(
             tiny_pipeline(),
             cluster=_cluster(2, 2, 10.0),
-            transmission=Selective(budget=budget(1 / 32)),
+            transmission=Selective(budget=budget(1 / 32, STEPS)),
             ring_degree=2 if ring else 1,
         )
         found[ring] = _drawn(pipe), shared(pipe.cocodiff.report())
