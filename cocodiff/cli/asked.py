@@ -93,6 +93,7 @@ def whole_numbers(option: str, text: str, most: int = 2**20) -> list[int]:
 
 
 def fraction(text: str) -> Fraction:
+    """The number that --scale names. ConfigError for what is none."""
     try:
         if len(text) > 2 * MOST_DIGITS:
             raise ValueError

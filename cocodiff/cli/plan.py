@@ -75,7 +75,7 @@ def plan(
     from cocodiff.planner.wanted import task, wanted
 
     asked = wanted(model, height, width, frames, cfg, full)
-    asked = replace(asked, shape=asked.shape.scaled(share)) if share < 1 else asked
+    asked = replace(asked, shape=asked.shape.scaled(share)) if share != 1 else asked
     if measure is not None:
         return measure_plans(asked, cluster or "auto", device, partial(_bytes, memory), measure, out)
     if measured is not None:

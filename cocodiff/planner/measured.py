@@ -64,8 +64,6 @@ class Measurements:
 
 def are_measurements(plan: str | os.PathLike[str]) -> bool:
     """Whether `plan=` names a file of `cocodiff plan --measure`. ConfigError if it names a file that cannot be read."""
-    if plan == "auto":
-        return False
     found = read_json(plan)
     return isinstance(found, dict) and found.get("schema") == SCHEMA
 

@@ -1,9 +1,9 @@
 """Plays a program whose transfers are messages between pairs of ranks (gloo), rank by rank. MODELLED seconds.
 
 Ranks that share a link do not stay in step: what one of them sends first leaves first, so that its peers have their
-data while another's still waits, and from then on some compute while others send. A model in which all ranks move
-together misses that (MEASURED, benchmarks/results/planner: 19 % too slow). A message leaves when its sender has it and
-its receiver has said that it waits for it; that word queues behind what goes the same way.
+data while another's still waits, and from then on some compute while others send. A message leaves when its sender has
+it and its receiver has said that it waits for it; that word queues behind what goes the same way.
+Whether this or ranks in step is nearer to what is measured differs by case (benchmarks/results/planner/cases.md).
 """
 
 from __future__ import annotations

@@ -68,4 +68,3 @@ def test_a_file_is_read_back_and_foreign_or_damaged_ones_are_refused(tmp_path):
             read_measurements(file)
     with pytest.raises(ConfigError, match="cannot be read"):
         read_measurements(tmp_path / "none.json")
-    assert not are_measurements("auto")

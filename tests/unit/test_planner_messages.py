@@ -77,16 +77,6 @@ def test_what_is_passed_on_waits_for_what_arrives():
     assert played(chained, hosts).total == pytest.approx(8)
 
 
-def test_the_word_of_a_receiver_queues_behind_what_goes_its_way(monkeypatch):
-    hosts = Hosts(1, {"ring": [[0, 1]]})
-    steps = [send(6), send(2, after=1), send(6), Wait(2), Wait(1)]
-    at_once = played(steps, hosts).total
-    monkeypatch.setattr(messages, "SEGMENT_BYTES", 3)
-    behind = played(steps, hosts).total
-    monkeypatch.setattr(messages, "SEGMENT_BYTES", 0)
-    assert behind <= at_once and played(steps, hosts).total <= behind
-
-
 def test_sending_takes_the_ranks_own_time_and_repetitions_that_are_left_out_count(monkeypatch):
     timing = played([send(4), compute(1), Wait(1)], Hosts(1, {"ring": [[0, 1]]}, cores=0.5))
     assert timing.shared == pytest.approx(2) and timing.total == pytest.approx(2 + 4)
